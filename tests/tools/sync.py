@@ -1,0 +1,87 @@
+"""Write the common cells, badges and tables into the scripts, decks and README, and the scripts into the notebooks.
+
+make sync. With --check nothing is written: every difference is printed, and the exit code is 1 if there was one.
+"""
+
+import re
+import sys
+
+import jupytext
+import nbformat
+import tables
+from notebooks import LEVELS, METADATA, ROOT, common_cells, fill, read_script, scripts, tag_of
+from jupytext.config import load_jupytext_config
+
+CHECK = "--check" in sys.argv
+
+
+def block(text, mark):
+    """What stands between <!-- mark --> and <!-- /mark -->."""
+    return re.search(rf"<!-- {mark} -->\n(.*?)<!-- /{mark} -->", text, re.DOTALL)[1]
+
+
+def script_text(path):
+    """The script as it should be."""
+    notebook, canonical, hw = read_script(path), common_cells(), path.stem
+    tags = [tag_of(cell) for cell in notebook.cells]
+    for tag, cell in canonical.items():
+        if tags.count(tag) != 1:
+            raise SystemExit(f"{path.name} must have one cell tagged {tag}, it has {tags.count(tag)}")
+        mine = notebook.cells[tags.index(tag)]
+        mine.source, mine.metadata = cell.source, cell.metadata
+    header = notebook.cells[0]
+    header.source = fill(header.source, "badges", tables.badges(hw))
+    cells = {2: lambda level: tables.score(hw, level), 3: lambda level: tables.baseline(hw, level)}
+    cells[4] = lambda level: tables.seconds(hw, level)
+    header.source = fill(header.source, "ladder", tables.refill(block(header.source, "ladder"), cells))
+    return jupytext.writes(notebook, fmt="py:percent", config=load_jupytext_config(str(path)))
+
+
+def notebook_text(path, script):
+    """The notebook built from the script; cells whose source is unchanged keep their outputs."""
+    notebook = jupytext.reads(script, fmt="py:percent")
+    old = nbformat.read(path, as_version=4) if path.exists() else nbformat.v4.new_notebook()
+    kept = {(cell.cell_type, cell.source): cell for cell in old.cells}
+    for number, cell in enumerate(notebook.cells):
+        before = kept.get((cell.cell_type, cell.source), {})
+        cell.id = f"{path.stem.lower()}-{number:02d}"
+        if cell.cell_type == "code" and before:
+            cell.outputs, cell.execution_count = before.outputs, before.execution_count
+    notebook.metadata = METADATA | {key: old.metadata[key] for key in ("source_sha256",) if key in old.metadata}
+    return nbformat.writes(notebook) + "\n"
+
+
+def deck_text(path):
+    text, hw = path.read_text(encoding="utf-8"), path.stem
+    columns = {2: lambda level: tables.score(hw, level), 3: lambda level: tables.baseline(hw, level)}
+    return fill(text, "ladder", tables.refill(block(text, "ladder"), columns))
+
+
+def readme_text(path):
+    text = fill(path.read_text(encoding="utf-8"), "ladder", tables.readme_ladder())
+    return fill(text, "bench", tables.readme_bench())
+
+
+def main():
+    stale = []
+
+    def settle(path, text):
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            stale.append(path)
+            if not CHECK:
+                path.write_text(text, encoding="utf-8")
+
+    for path in scripts([]):
+        script = script_text(path)
+        settle(path, script)
+        settle(path.with_suffix(".ipynb"), notebook_text(path.with_suffix(".ipynb"), script))
+    for deck in sorted((ROOT / "slides").glob("HW??.md")):
+        settle(deck, deck_text(deck))
+    settle(ROOT / "README.md", readme_text(ROOT / "README.md"))
+    for path in stale:
+        print(f"{path.relative_to(ROOT)} {'differs: run make sync' if CHECK else 'written'}")
+    return bool(stale and CHECK)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
