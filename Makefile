@@ -35,7 +35,7 @@ bench: .venv/ready        ## our way against the official sample's way -> tests/
 	@$(PY) tests/tools/bench.py $(HW)
 
 slides:                   ## slides/*.md -> slides/build/*.html, and *.pdf where a Chromium is found
-	@tests/tools/slides.sh
+	@slides/build.sh
 
 lab: .venv/ready
 	@$(PY) -m jupyter lab

@@ -6,31 +6,32 @@
 # [![Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/ml2022-notebooks/ml2022-spring/blob/main/HW01/HW01.ipynb)
 # <!-- /badges -->
 #
-# Every day thousands of people in the United States tell a survey how they feel, what they do and whether a test
-# was positive. One row of our data is one state on five days in a row; the positive rate of the **fifth day** is
-# missing and has to be guessed. This is the first homework of the course, and the lecture's three steps are all there
-# is to it: a **function** with unknown numbers in it, a **loss** that says how wrong it is, an **optimizer** that
-# turns the numbers until the loss is small. What decides the score is what comes around the three steps: which columns
-# the function sees, *what* it predicts, how it is kept from learning noise, and a validation that tells the truth.
+# Every day thousands of people in the United States tell a survey how they feel, what they do and whether a
+# test was positive. One row of our data is one state on five days in a row; the positive rate of the
+# **fifth day** is missing and has to be guessed. This is the first homework of the course, and the
+# lecture's three steps are all there is to it: a **function** with unknown numbers in it, a **loss** that
+# says how wrong it is, an **optimizer** that turns the numbers until the loss is small. What decides the
+# score is what comes around the three steps: which columns the function sees, *what* it predicts, how it is
+# kept from learning noise, and a validation that tells the truth.
 #
-# 每一列是美國一個州連續五天的問卷結果,請預測**第五天**的檢驗陽性率。這是課程的第一個作業,只用到機器學習的三個步驟:
-# 找一個帶有未知參數的**函式**、定義**損失**、再**最佳化**。分數的高低取決於三個步驟之外的事:看哪些欄位、預測什麼、
-# 如何避免學到雜訊,以及驗證集是否誠實。
+# 每一列是美國一個州連續五天的問卷結果,請預測**第五天**的檢驗陽性率。這是課程的第一個作業,
+# 只用到機器學習的三個步驟:找一個帶有未知參數的**函式**、定義**損失**、再**最佳化**。
+# 分數的高低取決於三個步驟之外的事:看哪些欄位、預測什麼、如何避免學到雜訊,以及驗證集是否誠實。
 #
-# The ladder, measured on the built-in sample (mean squared error, lower is better; the mean of three seeds ± half
-# their range), beside the course's public baselines on the real data:
+# The ladder, measured on the built-in sample (mean squared error, lower is better; the mean of three seeds
+# ± half their range), beside the course's public baselines on the real data:
 #
 # <!-- ladder -->
-# | level | what it adds | sample | course baseline (real data) | seconds, 2 cores |
+# | level | what it adds | sample | course baseline (real data) | seconds |
 # |---|---|---|---|---|
 # | simple | the official recipe: all 117 raw columns, SGD |  | 2.28371 |  |
 # | medium | four chosen columns, brought to one scale |  | 1.4943 |  |
 # | strong | 24 columns chosen by a test, the *change* as target, AdamW |  | 1.05728 |  |
-# | boss | weight decay chosen on honest validation, more training windows, 24 nets and a ridge regression |  | 0.86161 |  |
+# | boss | weight decay by honest validation, more windows, 24 nets + ridge regression |  | 0.86161 |  |
 # <!-- /ladder -->
 #
-# **How to use it.** Run all cells: without the real data everything runs on a generated sample. To change something,
-# edit a parameter below or a cell, then run again with `RESUME` off.
+# **How to use it.** Run all cells: without the real data everything runs on a generated sample. To change
+# something, edit a parameter below or a cell, then run again with `RESUME` off.
 
 # %% tags=["parameters"]
 # @title Parameters
@@ -55,19 +56,12 @@ FILES = {
     "train": ("covid*train*.csv", 1),
     "test": ("covid*test*.csv", 1),
 }  # pattern, count in the course's data
-MIRRORS = [
-    {
-        "covid.train.csv": "https://drive.usercontent.google.com/download?id=1kLSW_-cW2Huj7bh84YTdimGBOJaODiOS",
-        "covid.test.csv": "https://drive.usercontent.google.com/download?id=1iiI5qROrAhZn-o4FPqsE97bMzDEFvIdg",
-    },
-    {
-        "covid.train.csv": "https://github.com/lordleeber/ML2022-Spring-pytorch/raw/HEAD/HW01/covid.train.csv",
-        "covid.test.csv": "https://github.com/lordleeber/ML2022-Spring-pytorch/raw/HEAD/HW01/covid.test.csv",
-    },
-    {
-        "covid.train.csv": "https://github.com/FortisCK/ML2022-Spring/raw/HEAD/HW01/covid.train.csv",
-        "covid.test.csv": "https://github.com/FortisCK/ML2022-Spring/raw/HEAD/HW01/covid.test.csv",
-    },
+DRIVE = "https://drive.usercontent.google.com/download?export=download&id="
+TRAIN, TEST = "1kLSW_-cW2Huj7bh84YTdimGBOJaODiOS", "1iiI5qROrAhZn-o4FPqsE97bMzDEFvIdg"
+COPY = "https://github.com/FortisCK/ML2022-Spring/raw/HEAD/HW01/"
+MIRRORS = [  # {name here: address} of complete copies
+    {"covid.train.csv": DRIVE + TRAIN, "covid.test.csv": DRIVE + TEST},
+    {"covid.train.csv": COPY + "covid.train.csv", "covid.test.csv": COPY + "covid.test.csv"},
 ]
 HASHES = {  # md5 of the course's files: train and test with LF, train and test with CRLF
     "82397623e4ca6421284746a94b41eb03",
@@ -81,16 +75,25 @@ MIXED_PRECISION = False  # tiny nets, sums of squares: float32 everywhere
 
 # %% cellView="form" jupyter={"source_hidden": true} tags=["common:setup"]
 # @title Setup: packages, parameters, device
-import importlib.util
-import os
-import shutil
-import subprocess
-import sys
-import time
+import hashlib, importlib.util, inspect, io, json, os, shutil, subprocess, sys, tarfile, time, zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
 NOTEBOOK, START = "ipykernel" in sys.modules, time.perf_counter()
+missing = [package for module, package in NEEDS.items() if importlib.util.find_spec(module) is None]
+if missing and subprocess.call([sys.executable, "-m", "pip", "install", "-q", *missing]):
+    sys.exit(f"Packages are missing and could not be installed; try by hand: pip install {' '.join(missing)}")
+
+import matplotlib
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object, send_to_device, set_seed
+from tqdm import tqdm
+
+if not NOTEBOOK:
+    matplotlib.use("Agg")  # a script draws into files and opens no window
+import matplotlib.pyplot as plt
 
 
 class Stop(Exception):
@@ -99,43 +102,30 @@ class Stop(Exception):
 
 def explain(kind, error, trace):
     """What a person can mend ends in one sentence, all else in the usual traceback."""
-    size = globals().get("settings", {}).get("batch_size", "?")
-    memory = (
-        f"The device has too little memory for batch size {size}: set BATCH_SIZE to half, then run again."
-    )
-    stopped = "Stopped by hand. The last checkpoint is kept: run again to go on from there."
-    text = {"Stop": str(error), "KeyboardInterrupt": stopped, "OutOfMemoryError": memory}.get(kind.__name__)
-    if isinstance(error, OSError) and error.errno in (
-        1,
-        13,
-        17,
-        20,
-        27,
-        28,
-        30,
-        122,
-    ):  # not allowed, disk full
-        text = f"{error.filename or OUT_DIR}: {error.strerror}. Free space or set OUT_DIR; nothing complete is lost."
-    if not NOTEBOOK:
-        return sys.stderr.write(f"{HW}: {text}\n") if text else sys.__excepthook__(kind, error, trace)
-    return shell._showtraceback(kind, error, [text]) if text else shell.showtraceback((kind, error, trace))
+    text = str(error) if kind is Stop else None
+    if kind is KeyboardInterrupt:
+        text = "Stopped by hand. Run again to go on from the last checkpoint."
+    elif kind is torch.OutOfMemoryError:
+        text = f"Too little memory for batch size {settings.get('batch_size')}: set BATCH_SIZE to half."
+    elif isinstance(error, OSError) and error.errno in (1, 13, 17, 20, 27, 28, 30, 122):  # no room, no right
+        place = error.filename or OUT_DIR
+        text = f"{place}: {error.strerror}. Make room or set OUT_DIR; what is complete is kept."
+    if NOTEBOOK:
+        shell._showtraceback(kind, error, [text]) if text else shell.showtraceback((kind, error, trace))
+    else:
+        sys.stderr.write(f"{HW}: {text}\n") if text else sys.__excepthook__(kind, error, trace)
 
 
 sys.excepthook = explain
 if NOTEBOOK:
-    from IPython import get_ipython
-    from IPython.display import Image, display
+    from IPython import display, get_ipython
 
     shell = get_ipython()
-    shell.set_custom_exc((Exception, KeyboardInterrupt), lambda shell, *error, **rest: explain(*error))
+    shell.set_custom_exc((Exception, KeyboardInterrupt), lambda shell, *error, tb_offset: explain(*error))
 
+YES = (True, False)
 CHOICES = {"LEVEL": ("boss", "strong", "medium", "simple"), "DATA": ("auto", "real", "sample")}
-CHOICES |= {
-    "PROFILE": ("full", "tiny"),
-    "SEED": range(2**32),
-    "RESUME": (True, False),
-    "SUBMIT": (True, False),
-}
+CHOICES |= {"PROFILE": ("full", "tiny"), "SEED": range(2**32), "RESUME": YES, "SUBMIT": YES}
 PARAMETERS = [*CHOICES, "DATA_DIR", "OUT_DIR", *OWN]
 for key, text in [pair for pair in os.environ.items() if pair[0].startswith("HW_")]:
     name = key.removeprefix("HW_")
@@ -143,28 +133,12 @@ for key, text in [pair for pair in os.environ.items() if pair[0].startswith("HW_
         raise Stop(f"{key} is no parameter of {HW}; these are: HW_{', HW_'.join(PARAMETERS)}.")
     kind = type(globals()[name])
     try:
-        globals()[name] = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
-    except (KeyError, ValueError):
+        globals()[name] = YES[("true", "false").index(text.lower())] if kind is bool else kind(text)
+    except ValueError:
         raise Stop(f"{key} is {text!r}, but must be a {kind.__name__} like {globals()[name]!r}.") from None
 for name, allowed in CHOICES.items():
     if globals()[name] not in allowed:
         raise Stop(f"{name} is {globals()[name]!r}, but must be one of {allowed}.")
-missing = [package for module, package in NEEDS.items() if importlib.util.find_spec(module) is None]
-if missing and subprocess.call([sys.executable, "-m", "pip", "install", "-q", *missing]):
-    raise Stop(
-        f"Packages are missing and could not be installed; try by hand: pip install {' '.join(missing)}"
-    )
-
-import matplotlib
-import numpy as np
-import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object, set_seed
-from tqdm import tqdm
-
-if not NOTEBOOK:
-    matplotlib.use("Agg")  # a script draws into files and opens no window
-import matplotlib.pyplot as plt
 
 on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU") != "true"
 half = "bf16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
@@ -179,8 +153,8 @@ def aside(path):
     """Write to `path`.part, which gets its name when complete: nothing half-written is ever found."""
     part = Path(f"{path}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(part, ignore_errors=True)  # left by a kill
     try:
-        shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
         yield part
         shutil.rmtree(path, ignore_errors=True)
         part.replace(path)
@@ -192,40 +166,46 @@ def show(name):
     """Keep the current figure in OUT/figures; a notebook shows it too."""
     if MAIN:
         with aside(OUT / "figures" / name) as part:
-            plt.savefig(part, dpi=100, bbox_inches="tight", format=Path(name).suffix[1:])
-        display(Image(OUT / "figures" / name)) if NOTEBOOK else None
+            plt.savefig(part, dpi=120, bbox_inches="tight", format=Path(name).suffix[1:])
+        NOTEBOOK and display.display(display.Image(OUT / "figures" / name))
     plt.close()
 
 
 machine = torch.cuda.get_device_name() if on_gpu else f"{device}, {os.cpu_count()} cores"
 print(
-    f"{HW}, level {LEVEL}, profile {PROFILE}, seed {SEED}; {accelerator.num_processes} x {machine}, precision"
+    f"{HW} at level {LEVEL}, profile {PROFILE}, seed {SEED}; Python {sys.version.split()[0]}, torch", end=" "
 )
-print(f"{accelerator.mixed_precision}; Python {sys.version.split()[0]}, torch {torch.__version__}")
+print(
+    f"{torch.__version__} on {accelerator.num_processes} x {machine}, precision {accelerator.mixed_precision}"
+)
 
 
 # %% [markdown]
 # ## The data
 #
-# Two csv files. A row begins with `id` and 37 columns of zeros with a single one, the **state**. Then come **five days of
-# 16 columns**: four about illness (`cli` and `ili` are COVID-like and flu-like illness), eight about behaviour, three
-# about mood, and `tested_positive`. In the test file the very last column, day 5's `tested_positive`, is missing; the
-# other 15 columns of day 5 are there. Three quirks to know:
+# Two csv files. A row begins with `id` and 37 columns of zeros with a single one, the **state**. Then come
+# **five days of 16 columns**: four about illness (`cli` and `ili` are COVID-like and flu-like illness),
+# eight about behaviour, three about mood, and `tested_positive`. In the test file the very last column, day
+# 5's `tested_positive`, is missing; the other 15 columns of day 5 are there. Three quirks to know:
 #
-# - the header repeats the 16 names five times: a column is known by its *day and name*, never by its name alone;
-# - `id` counts rows. It starts again at 0 in the test file, and the official sample still feeds it to the net;
-# - windows of one state overlap, so most day-5 values of the training file also stand in other rows as a day 1 to 4.
+# - the header repeats the 16 names five times: a column is known by its *day and name*, never by its name
+#   alone;
+# - `id` counts rows. It starts again at 0 in the test file, and the official sample still feeds it to the
+#   net;
+# - windows of one state overlap, so most day-5 values of the training file also stand in other rows as a
+#   day 1 to 4.
 #
-# The folded cell below makes the sample: 37 states, an epidemic that grows and doubles towards the test rows, illness
-# answers that share the day's chance with the tests but slowly change their meaning, behaviour that wanders. Like the
-# real data, only smaller.
+# The folded cell below makes the sample: 37 states, an epidemic that grows and doubles towards the test
+# rows, illness answers that share the day's chance with the tests but slowly change their meaning,
+# behaviour that wanders. Like the real data, only smaller.
 
 # %% cellView="form" jupyter={"source_hidden": true} tags=["sample"]
 # @title The sample: a survey of 37 states in miniature
 DAY = ["cli", "ili", "hh_cmnty_cli", "nohh_cmnty_cli"]  # COVID-like illness, in the family and around
 DAY += ["wearing_mask", "travel_outside_state", "work_outside_home", "shop", "restaurant", "spent_time"]
 DAY += ["large_event", "public_transit", "anxious", "depressed", "worried_finances", "tested_positive"]
-STATES = "AL AK AZ AR CA CO CT FL GA ID IL IN IA KS KY LA MD MA MI MN MS MO NE NV NJ NM NY NC OH OK OR RI SC TX UT VA WA"
+STATES = "AL AK AZ AR CA CO CT FL GA ID IL IN IA KS KY LA MD MA MI "
+STATES += "MN MS MO NE NV NJ NM NY NC OH OK OR RI SC TX UT VA WA"
 COLUMNS = ["id", *STATES.split(), *DAY * 5]
 
 
@@ -251,32 +231,15 @@ def make_sample(folder, answers):
     rate = 32 / (1 + np.exp(-logit))
     raw = rate + noise(dice.gamma(3, 0.8, (states, 1)))  # what was tested on one day
     ill = 0.6 * raw + 0.4 * rate  # what people feel: it shares the chance of the day
-    meaning = 1.05 - 0.10 / (
-        1 + np.exp(-(t - 0.5 * days) / 5)
-    )  # later, the same answers mean more infections
+    meaning = 1.05 - 0.1 / (1 + np.exp(-(t - 0.5 * days) / 5))  # later the same answers mean more infections
     illness = [(0.055, 0.4, 0.16), (0.056, 0.4, 0.16), (1.15, 4, 3.2), (0.95, 1, 2.8)]
     table = [mean7(a * meaning * ill + b + noise(c)) for a, b, c in illness]
-    usual = [
-        (52, 12),
-        (16, 4),
-        (33, 3.5),
-        (66, 2.5),
-        (35, 4),
-        (45, 3.5),
-        (20, 3.5),
-        (4.7, 2),
-        (12, 2),
-        (10, 1.5),
-        (35, 3.5),
-    ]
-    for column, (mean, spread) in enumerate(
-        usual
-    ):  # behaviour and mood wander, with a trend like the epidemic's
-        walk = (
-            np.cumsum(noise(0.12), 1) + dice.normal(0, 0.7, (states, 1)) + dice.normal(0, 1) * (t - 36) / days
-        )
+    usual = [52, 16, 33, 66, 35, 45, 20, 4.7, 12, 10, 35], [12, 4, 3.5, 2.5, 4, 3.5, 3.5, 2, 2, 1.5, 3.5]
+    for column, (mean, spread) in enumerate(zip(*usual)):  # behaviour and mood wander, with a trend
+        walk = np.cumsum(noise(0.12), 1) + dice.normal(0, 0.7, (states, 1))
+        trend = dice.normal(0, 1) * (t - 36) / days
         home = 0.3 * ill if 2 <= column <= 6 else 0  # who is ill does not go out
-        table.append(mean + spread * walk + mean7(noise(2) - home))
+        table.append(mean + spread * (walk + trend) + mean7(noise(2) - home))
     table = np.stack([*table, mean7(raw).clip(0.2)], axis=-1)  # (states, days, 16)
     starts = {"train": 12 + 24 - steps + np.arange(steps), "test": 44 + 5 * np.arange(later)}
     for name, first in starts.items():
@@ -293,70 +256,66 @@ def make_sample(folder, answers):
 
 # %% cellView="form" jupyter={"source_hidden": true} tags=["common:data"]
 # @title Data: find it, fetch it, or make the sample
-import hashlib
-import inspect
-import tarfile
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from urllib.request import Request, urlopen
+
+import requests
 
 
 def find(*roots):
-    """{name: sorted paths} of FILES, however deep a download nested them."""
+    """{name: sorted paths} of FILES below the roots, however deep a download nested or packed them."""
     found = {}
     for name, (pattern, _) in FILES.items():
-        hits = [path for root in roots for path in Path(root).rglob(pattern)]
-        hits = [path for path in hits if not any(junk in str(path) for junk in (".part", "__MACOSX"))]
-        top = min((len(path.parts) for path in hits), default=0)
-        found[name] = sorted({path for path in hits if len(path.parts) == top})
-    if not all(found.values()):
-        raise FileNotFoundError(
-            f"it has no {', no '.join(FILES[name][0] for name in FILES if not found[name])}"
-        )
+        hits = {path for root in roots for path in Path(root).rglob(pattern)}
+        hits = {path for path in hits if ".part" not in str(path) and "__MACOSX" not in path.parts}
+        if not hits and any([unpack(root) for root in roots]):
+            return find(*roots)
+        if not hits:
+            raise FileNotFoundError(f"there is no {pattern}")
+        top = min(len(path.parts) for path in hits)
+        found[name] = sorted(path for path in hits if len(path.parts) == top)
     return found
 
 
 def unpack(root):
-    """Unpack the archives below `root` into DATA_DIR, each at one stroke and with nothing outside its folder."""
+    """Unpack the archives below `root` into DATA_DIR, each at one stroke; was there a new one?"""
+    new = False
     for archive in sorted(path for end in ("zip", "tgz", "tar.gz") for path in Path(root).rglob(f"*.{end}")):
         target, is_zip = Path(DATA_DIR, f"{archive.name}-unpacked"), archive.suffix == ".zip"
+        if target.exists():
+            continue
         try:
-            if not target.exists():
-                with aside(target) as part, (zipfile.ZipFile if is_zip else tarfile.open)(archive) as pack:
-                    if is_zip and any(name[0] in "/\\" or ".." in name for name in pack.namelist()):
-                        raise OSError("it would write outside its own folder")
-                    pack.extractall(part, **({} if is_zip else {"filter": "data"}))
+            with aside(target) as part, (zipfile.ZipFile if is_zip else tarfile.open)(archive) as pack:
+                if is_zip and any(name[0] in "/\\" or ".." in name for name in pack.namelist()):
+                    raise OSError("it would write outside its folder")
+                pack.extractall(part, **({} if is_zip else {"filter": "data"}))
+                new = True
         except Exception as error:
-            raise OSError(
-                f"{archive} ({archive.stat().st_size} bytes) is damaged, fetch it again: {error}"
-            ) from None
+            size = archive.stat().st_size
+            raise OSError(f"{archive} ({size} bytes) is damaged, fetch it again: {error}") from None
+    return new
 
 
 def known(path):
     """Is it one of the course's own files, byte by byte?"""
-    return {
-        hashlib.md5(path.read_bytes()).hexdigest(),
-        hashlib.sha256(path.read_bytes()).hexdigest(),
-    } & HASHES
+    return bool({hashlib.new(kind, path.read_bytes()).hexdigest() for kind in ("md5", "sha256")} & HASHES)
 
 
 def ask(url):
-    return urlopen(Request(url, headers={"User-Agent": "Mozilla/5.0"}), timeout=10)
+    reply = requests.get(url, stream=True, timeout=10)
+    reply.raise_for_status()
+    return reply
 
 
 def fetch(files):
-    """{name: address, or addresses of its pieces} -> DATA_DIR; a file gets its name when it is complete."""
+    """{name: address, or addresses of its pieces} -> DATA_DIR; a broken download leaves nothing."""
     for name, addresses in files.items():
         with aside(Path(DATA_DIR, name)) as part:
-            for url in addresses.split():
-                with ask(url) as reply, part.open("ab") as file:
-                    start, size = file.tell(), int(reply.headers["Content-Length"] or 0)
-                    print(f"fetching {url} ({size / 1e6:.1f} MB)")
-                    shutil.copyfileobj(reply, file)
-                    if size and file.tell() - start != size:
-                        raise OSError(f"{name} broke off after {file.tell() - start} of {size} bytes")
+            with part.open("wb") as file:
+                for url in addresses.split():
+                    print(f"fetching {url}")
+                    file.writelines(ask(url).iter_content(2**20))
             if HASHES and not known(part):
-                raise OSError(f"{name} is not the course's file (another hash)")
+                raise OSError(f"{name} is not the course's file (its hash differs)")
     return DATA_DIR
 
 
@@ -371,65 +330,46 @@ def ask_kaggle():
 def sources():
     """Where the real data may be; a later place is asked only when the earlier ones had none."""
     yield from [(place, lambda: place) for place in (DATA_DIR, "/kaggle/input") if Path(place).is_dir()]
-    late, pool = (
-        time.monotonic() + 10,
-        ThreadPoolExecutor(8),
-    )  # all mirrors are rung at once, 10 seconds for all
+    pool, late = ThreadPoolExecutor(8), time.monotonic() + 10  # mirrors are rung together: 10 seconds in all
     rings = [pool.submit(ask, next(iter(files.values())).split()[0]) for files in MIRRORS]
     if SLUG:
         yield f"https://www.kaggle.com/competitions/{SLUG}", ask_kaggle
     for files, ring in zip(MIRRORS, rings):
-        yield ", ".join(files.values()), lambda: ring.result(max(0, late - time.monotonic())) and fetch(files)
-
-
-def real_data():
-    """The paths of the first complete source, and why the others were passed over."""
-    why = ""
-    for place, source in sources():
-        try:
-            root = source()
-            try:
-                return find(root, DATA_DIR), why
-            except FileNotFoundError:
-                [unpack(folder) for folder in (root, DATA_DIR)]  # twice, for archives in archives
-                return find(root, DATA_DIR), why
-        except Exception as error:
-            why += f"\n- {place}: {next(iter(str(error).strip().splitlines()), type(error).__name__)}"
-    why += f"\nPut {', '.join(pattern for pattern, _ in FILES.values())} into {DATA_DIR}, packed or not."
-    return {}, why
-
-
-def sample_data():
-    """The sample, made once and again when make_sample changes; the answers are for the judge alone."""
-    folder, recipe = Path(f"{DATA_DIR}-sample", PROFILE), hashlib.md5(inspect.getsource(make_sample).encode())
-    if not (folder / recipe.hexdigest()).exists():
-        with aside(folder) as part:
-            [(part / name).mkdir(parents=True) for name in ("data", "answers", recipe.hexdigest())]
-            make_sample(part / "data", part / "answers")
-    return find(folder / "data"), folder / "answers"
+        yield ", ".join(files.values()), lambda: ring.result(late - time.monotonic()) and fetch(files)
 
 
 def choose_data():
     """Is it real, the paths of FILES, the folder of the hidden answers."""
-    paths, why = real_data() if FILES and DATA != "sample" else ({}, "")
-    if paths or not FILES:
-        return [DATA != "sample", paths, None]
+    if not FILES:
+        return [DATA != "sample", {}, None]
+    why = f"Put {', '.join(pattern for pattern, _ in FILES.values())} into {DATA_DIR}, packed or not. Tried:"
+    for place, source in sources() if DATA != "sample" else ():
+        try:
+            return [True, find(source(), DATA_DIR), None]
+        except Exception as error:
+            why += f"\n- {place}: {' '.join(str(error).split()) or type(error).__name__}"
     if DATA == "real":
-        raise Stop(f"DATA is 'real', but no real data was found:{why}")
+        raise Stop(f"No real data was found. {why}")
     if DATA == "auto":
-        print(f"NO REAL DATA WAS FOUND, this run uses the generated SAMPLE:{why}\n")
-    return [False, *sample_data()]
+        print(f"NO REAL DATA WAS FOUND, this run uses the generated SAMPLE. {why}")
+    folder, recipe = Path(f"{DATA_DIR}-sample", PROFILE), hashlib.md5(inspect.getsource(make_sample).encode())
+    if not (folder / recipe.hexdigest()).exists():  # never made, or by another make_sample
+        with aside(folder) as part:
+            [(part / name).mkdir(parents=True) for name in ("data", "answers", recipe.hexdigest())]
+            make_sample(part / "data", part / "answers")
+    return [False, find(folder / "data"), folder / "answers"]
 
 
 REAL, PATHS, ANSWERS = broadcast_object_list(choose_data() if MAIN else [None] * 3)
 OUT = Path(OUT_DIR, f"{LEVEL}-{'real' if REAL else 'sample'}")
-counts = ", ".join(f"{name} {len(hits)} (course {FILES[name][1]})" for name, hits in PATHS.items())
-sure = sum(bool(HASHES) and bool(known(hits[0])) for hits in PATHS.values())
-print(f"data: {'real' if REAL else 'SAMPLE'}; files: {counts or 'none needed'}; known by their hash: {sure}")
+counts = ", ".join(f"{len(hits)} {name} (course: {FILES[name][1]})" for name, hits in PATHS.items())
+print(f"data: {'real' if REAL else 'SAMPLE'}; files: {counts or 'none needed'};", end=" ")
+print(f"known by their hash: {sum(known(hits[0]) for hits in PATHS.values() if HASHES)}")
 
 
 # %% [markdown]
-# Reading means checking. Other years' files have the same names and other columns, so the edition is told by the columns.
+# Reading means checking. Other years' files have the same names and other columns, so the edition is told
+# by the columns.
 
 # %%
 import pandas as pd
@@ -437,7 +377,7 @@ import pandas as pd
 
 def read(path, width):
     """One csv -> ids (rows,), states (rows,), days (rows, 5, 16); what the test file lacks is nan."""
-    advice = f"get the 2022 file from {JUDGE} or delete it to use the sample. It begins with {path.read_bytes()[:80]}"
+    advice = f"get the 2022 file from {JUDGE} or delete it. It begins with {path.read_bytes()[:80]}"
     try:
         frame = pd.read_csv(path, encoding="utf-8-sig")
     except ValueError as error:  # html, nothing, half a line
@@ -465,9 +405,10 @@ if REAL and PROFILE == "tiny":
 print(f"train: {len(train_id)} rows x 118 columns, test: {len(test_id)} rows x 117 columns")
 
 # %% [markdown]
-# Look before you fit. Left: the answers about illness follow the positive rate, so day 5's answers, which we *are*
-# given, say much about day 5's rate. Middle: so does yesterday's rate. Right: the test rows have about **twice** the
-# rate of the training rows. They come later. Keep that in mind when a validation score looks good.
+# Look before you fit. Left: the answers about illness follow the positive rate, so day 5's answers, which
+# we *are* given, say much about day 5's rate. Middle: so does yesterday's rate. Right: the test rows have
+# about **twice** the rate of the training rows. They come later. Keep that in mind when a validation score
+# looks good.
 
 # %%
 fig, axes = plt.subplots(1, 3, figsize=(8, 2.6), layout="constrained")
@@ -486,22 +427,23 @@ show("data.png")
 # %% [markdown]
 # ## Windows and validation
 #
-# A **window** is everything known before one day's rate: that day's survey, and surveys and rates of the days before.
-# It need not end on day 5. The window that ends on **day 4** has a known answer in *every* row, the test rows too. So the
-# test rows can tell us, with nothing hidden used, how well a model does in the later period they come from: we call
-# this the **day-4 check**.
+# A **window** is everything known before one day's rate: that day's survey, and surveys and rates of the
+# days before. It need not end on day 5. The window that ends on **day 4** has a known answer in *every*
+# row, the test rows too. So the test rows can tell us, with nothing hidden used, how well a model does in
+# the later period they come from: we call this the **day-4 check**.
 
 
 # %%
 def window(days, day, history):
-    """What is known before the rate of `day` (0 to 4): surveys of that day and `history` days back, rates of these."""
+    """What is known before the rate of `day` (0 to 4): its survey, and `history` days with their rates."""
     past = [max(day - k, 0) for k in range(1, history + 1)]  # there is no day before the first: it stands in
     return days[:, [day, *past], :15], days[:, past, 15]  # (rows, history + 1, 15), (rows, history)
 
 
 # %% [markdown]
-# Rows that share a day are pieces of one series, a **chain**. A random split puts neighbours of a validation row, with
-# four of its five days, into the training part: the net has nearly seen the answer. Splitting by whole chains does not.
+# Rows that share a day are pieces of one series, a **chain**. A random split puts neighbours of a
+# validation row, with four of its five days, into the training part: the net has nearly seen the answer.
+# Splitting by whole chains does not.
 
 # %%
 from scipy.sparse import coo_matrix
@@ -526,97 +468,95 @@ print(f"{len(np.unique(chain[: len(train_id)]))} chains in {len(train_id)} train
 # One dictionary says what each level does. The rest of the notebook is the same for all of them.
 
 # %% tags=["levels"]
-NET = dict(hidden=(16, 8), activation="relu", dropout=0.0, skip=False)
+PLAIN = dict(change=False, hidden=(16, 8), activation="relu", dropout=0.0, skip=False, split="random")
+PLAIN |= dict(optimizer="SGD", batch_size=256, decay=(0.0,))
+BETTER = dict(change=True, activation="silu", optimizer="AdamW", lr=2e-3, batch_size=64)
+STRONG = dict(columns="best 24", hidden=(64, 32), dropout=0.1, skip=False, split="grouped", decay=(0.01,))
+BOSS = dict(columns="differences", hidden=(64,), dropout=0.2, skip=True, split="day 4", members=24)
 LEVELS = {
-    "simple": dict(columns="all raw", change=False, **NET, optimizer="SGD", lr=1e-5, batch_size=256)
-    | dict(epochs=3000, patience=400, split="random", decay=(0.0,)),
-    "medium": dict(columns="positive rates", change=False, **NET, optimizer="SGD", lr=1e-3, batch_size=256)
-    | dict(epochs=600, patience=100, split="random", decay=(0.0,)),
-    "strong": dict(
-        columns="best 24", change=True, hidden=(64, 32), activation="silu", dropout=0.1, skip=False
-    )
-    | dict(
-        optimizer="AdamW", lr=2e-3, batch_size=64, epochs=150, patience=50, split="grouped", decay=(0.01,)
-    ),
-    "boss": dict(columns="differences", change=True, hidden=(64,), activation="silu", dropout=0.2, skip=True)
-    | dict(optimizer="AdamW", lr=2e-3, batch_size=64, epochs=60, patience=0, split="day 4", members=24)
-    | dict(decay=(0.03, 0.1, 0.3, 1.0, 3.0, 10.0)),
+    "simple": PLAIN | dict(columns="all raw", lr=1e-5, epochs=3000, patience=400),
+    "medium": PLAIN | dict(columns="positive rates", lr=1e-3, epochs=600, patience=100),
+    "strong": BETTER | STRONG | dict(epochs=150, patience=50),
+    "boss": BETTER | BOSS | dict(epochs=60, patience=0, decay=(0.03, 0.1, 0.3, 1.0, 3.0, 10.0)),
 }
 settings = LEVELS[LEVEL]
 if PROFILE == "tiny":
-    settings |= dict(epochs=min(settings["epochs"], 40), members=4)
+    settings |= dict(epochs=min(settings["epochs"], 40), members=4)  # the sample is smaller, too
 settings |= dict(epochs=EPOCHS or settings["epochs"], batch_size=BATCH_SIZE or settings["batch_size"])
-print(settings)
+print(*(f"{name}: {value}" for name, value in settings.items()), sep=", ")
 
 # %% [markdown]
 # ## Features
 #
-# What the net sees, level by level. The boss sees today's survey, yesterday's rate and how both *moved* from day to day:
-# the same information as the raw days, but a penalty on large weights now pulls towards "it goes on as it was". No `id`,
-# no state: they cannot help in a period that no training row comes from.
+# What the net sees, level by level. *Strong* ranks the 79 columns that are left without `id` and states by
+# a test of each one alone, and keeps 24. The boss sees today's survey, yesterday's rate and how both
+# *moved* from day to day: the same information as the raw days, but a penalty on large weights now pulls
+# towards "it goes on as it was". No `id`, no state: they cannot help in a period that no training row comes
+# from.
 
 # %%
 from sklearn.feature_selection import f_regression
 
-NAMES = DAY[:15]
+SURVEY = DAY[:15]
+ALL79 = [f"{name}, {k} back" for k in range(5) for name in SURVEY] + [
+    f"positive, {k} back" for k in range(1, 5)
+]
+
+
+def all79(days, day):
+    survey, positive = window(days, day, 4)
+    return np.concatenate([survey.reshape(len(days), -1), positive], 1)  # (rows, 79)
+
+
+strength = np.nan_to_num(f_regression(all79(train_days, 4), train_days[:, 4, 15])[0])
+best24 = np.sort(np.argsort(-strength)[:24])
 
 
 def features(ids, state, days, day):
-    """Columns (rows, features) to guess the rate of `day`, and their names."""
-    if settings["columns"] == "differences":  # boss
-        survey, positive = window(days, day, 3)
-        parts = [survey[:, 0], *np.moveaxis(survey[:, :-1] - survey[:, 1:], 1, 0), positive[:, :1]]
-        names = NAMES + [f"{name}, change {k}" for k in range(3) for name in NAMES] + ["positive 1"]
-        return np.concatenate([*parts, positive[:, :-1] - positive[:, 1:]], 1), names + ["rise 1", "rise 2"]
-    survey, positive = window(days, day, 4)
-    names = [f"{name} {k}" for k in range(5) for name in NAMES] + [f"positive {k}" for k in range(1, 5)]
+    """The columns (rows, features) from which the rate of `day` is guessed."""
     if settings["columns"] == "all raw":  # simple: with id and state, as in the official sample
-        raw = [ids[:, None], np.eye(37)[state], survey.reshape(len(ids), -1), positive]
-        return np.concatenate(raw, 1), ["id", *STATES.split(), *names]
+        return np.concatenate([ids[:, None], np.eye(37)[state], all79(days, day)], 1)
     if settings["columns"] == "positive rates":  # medium
-        return positive, names[-4:]
-    return np.concatenate([survey.reshape(len(ids), -1), positive], 1), names  # strong: chosen below
+        return all79(days, day)[:, -4:]
+    if settings["columns"] == "best 24":  # strong
+        return all79(days, day)[:, best24]
+    survey, positive = window(days, day, 3)  # boss: today, and the moves of the days before
+    moves = [(survey[:, :-1] - survey[:, 1:]).reshape(len(days), -1), positive[:, :-1] - positive[:, 1:]]
+    return np.concatenate([survey[:, 0], positive[:, :1], *moves], 1)
 
 
 # %% [markdown]
-# Now the windows become one table. The training windows end on day 5. The day-4 windows of the test rows are there for
-# the check. The boss also *learns* from day-4 windows, of the training rows and (`USE_TEST_WINDOWS`) of the test rows: they
-# use only what is given, and they are the only examples from the later period. A window that stands there twice counts once.
+# Now the windows become one table. The training windows end on day 5. The day-4 windows of the test rows
+# are there for the check. The boss also *learns* from day-4 windows, of the training rows and
+# (`USE_TEST_WINDOWS`) of the test rows: they use only what is given, and they are the only examples from
+# the later period. A window that stands there twice counts once.
 
 # %%
-rows = np.concatenate([np.arange(len(train_id)), np.arange(len(chain))])
-day = np.repeat([4, 3], [len(train_id), len(chain)])
 ids, state = np.concatenate([train_id, test_id]), np.concatenate([train_state, test_state])
 days = np.concatenate([train_days, test_days])
+rows = np.concatenate([np.arange(len(train_id)), np.arange(len(days))])
+day = np.repeat([4, 3], [len(train_id), len(days)])
 twins = np.c_[state[rows], days[rows, day].round(4)]
 once = np.sort(np.unique(twins, axis=0, return_index=True)[1])
 rows, day = rows[once], day[once]
 later = rows >= len(train_id)  # a window of a test row
 learnable = (day == 4) | (LEVEL == "boss") & (~later | USE_TEST_WINDOWS)
 
-at4, names = features(ids, state, days, 3)
-at5, _ = features(ids, state, days, 4)
+at4, at5 = (features(ids, state, days, which) for which in (3, 4))
 table = np.where(day[:, None] == 4, at5[rows], at4[rows])  # (windows, features)
 rate, before = days[rows, day, 15], days[rows, day - 1, 15]
-strength = f_regression(table[learnable], rate[learnable])[0]  # of each column alone
-if settings["columns"] == "best 24":  # strong
-    best24 = np.sort(np.argsort(-np.nan_to_num(strength))[:24])
-    table, at5, strength = table[:, best24], at5[:, best24], strength[best24]
-    names = [names[k] for k in best24]
-print(
-    f"{len(table)} windows, {learnable.sum()} to learn from, {later.sum()} of test rows; {len(names)} features"
-)
+print(f"{len(table)} windows x {table.shape[1]} features, {learnable.sum()} to learn from")
 
 # %% [markdown]
-# Two decisions that cost nothing. **Scale**: every column to mean 0 and spread 1, else one large column (`id`!) forces a
-# learning rate of 0.00001 on all of them. **Target**: from *strong* on the net guesses the *change* since the day before.
-# The rate itself doubles between training and test, a net would have to extrapolate; changes look alike in both.
+# Two decisions that cost nothing. **Scale**: every column to mean 0 and spread 1, else one large column
+# (`id`!) forces a learning rate of 0.00001 on all of them. **Target**: from *strong* on the net guesses the
+# *change* since the day before. The rate itself doubles between training and test, a net would have to
+# extrapolate; changes look alike in both.
 
 # %%
+mean, spread = table[learnable].mean(0), table[learnable].std(0) + 1e-6  # 1e-6: for constant columns
 if LEVEL == "simple":
     mean, spread = 0.0, 1.0
-else:
-    mean, spread = table[learnable].mean(0), table[learnable].std(0) + 1e-6  # 1e-6: for constant columns
 target = rate - before if settings["change"] else rate
 x = torch.tensor((table - mean) / spread, dtype=torch.float32, device=device)  # (windows, features)
 y = torch.tensor(target, dtype=torch.float32, device=device)
@@ -626,14 +566,14 @@ base_test = test_days[:, 3, 15] if settings["change"] else np.zeros(len(test_id)
 # %% [markdown]
 # ## Three ways to validate
 #
-# *Random* rows, whole *chains*, and *day 4* of the test rows. Each split is a pair: windows to learn from, windows to
-# check on. A third of the chains, or of the test rows, is held out at a time.
+# *Random* rows, whole *chains*, and *day 4* of the test rows. Each split is a pair: windows to learn from,
+# windows to check on. A third of the chains, or of the test rows, is held out at a time.
 
 
 # %%
 def make_splits():
-    """{name: [(learn, check), ...]} as numbers of windows; the dice are their own, a resumed run splits alike."""
-    dice = np.random.default_rng(SEED)
+    """{name: [(learn, check), ...]} as numbers of windows."""
+    dice = np.random.default_rng(SEED)  # of their own: a resumed run splits alike
     third = dice.permutation(chain.max() + 1)[chain[rows]] % 3
     held = (dice.random(len(rows)) < 0.2) & ~later & (day == 4)
     number, splits = np.flatnonzero, {"random": [], "grouped": [], "day 4": []}
@@ -650,10 +590,10 @@ splits = make_splits()
 # %% [markdown]
 # ## The net
 #
-# A plain multi-layer perceptron, $\hat y = W_2\,\sigma(W_1 x + b_1) + b_2$, with one twist: a net this small leaves even one
-# processor core bored. So we stack the weights of many nets, `(nets, in, out)`, and one batched matrix product moves all of
-# them. They share nothing but the clock. The boss adds a straight line from input to output: the net only has to learn what
-# a linear model cannot say.
+# A plain multi-layer perceptron, $\hat y = W_2\,\sigma(W_1 x + b_1) + b_2$, with one twist: a net this
+# small leaves even one processor core bored. So we stack the weights of many nets, `(nets, in, out)`, and
+# one batched matrix product moves all of them. They share nothing but the clock. The boss adds a straight
+# line from input to output: the net only has to learn what a linear model cannot say.
 
 # %%
 from itertools import pairwise
@@ -687,8 +627,6 @@ class Members(nn.Module):
 
 # %% cellView="form" jupyter={"source_hidden": true} tags=["common:checkpoint"]
 # @title Checkpoints: a killed run goes on where it stopped
-import json
-
 history = []  # one row per epoch or round; it lives in the checkpoints and ends in history.csv
 
 
@@ -697,9 +635,9 @@ def bare(part):
 
 
 def made_with(parts):
-    """All that a checkpoint must agree with: level, parameters, settings, data and nets."""
-    mine = {name: globals()[name] for name in ("LEVEL", "PROFILE", "SEED", *OWN)}
-    data = {name: sum(path.stat().st_size for path in hits) for name, hits in PATHS.items()}
+    """All that a checkpoint must agree with: level, own parameters, settings, data, nets."""
+    mine = [globals()[name] for name in ("LEVEL", "PROFILE", "SEED", *OWN)]
+    data = [sum(path.stat().st_size for path in hits) for hits in PATHS.values()]
     nets = [str(bare(part)) for part in parts.values() if isinstance(part, torch.nn.Module)]
     return json.dumps([mine, settings, data, nets], default=str)
 
@@ -707,37 +645,33 @@ def made_with(parts):
 def save_checkpoint(stage, done, **parts):
     """All that `stage` needs to go on after `done` epochs; a part is a dict or has a state_dict."""
     dice = gather_object([[torch.get_rng_state(), torch.cuda.get_rng_state_all() if on_gpu else []]])
-    states = {
-        name: part if isinstance(part, dict) else bare(part).state_dict() for name, part in parts.items()
-    }
+    states = {name: p if isinstance(p, dict) else bare(p).state_dict() for name, p in parts.items()}
     if MAIN:
+        torch.save([made_with(parts), done, history, dice, states], memory := io.BytesIO())
         with aside(OUT / "checkpoint" / f"{stage}.pt") as part:
-            try:
-                torch.save([made_with(parts), done, history, dice, states], part)
-            except RuntimeError as error:  # torch's word for a full disk
-                raise OSError(28, f"the checkpoint cannot be written ({error})", str(part)) from None
+            part.write_bytes(memory.getbuffer())
     accelerator.wait_for_everyone()
 
 
 def load_checkpoint(stage, **parts):
     """Restore parts, history and random numbers; returns the epochs done, 0 without a fitting checkpoint."""
-    path, problem = OUT / "checkpoint" / f"{stage}.pt", "RESUME is off"
+    path = OUT / "checkpoint" / f"{stage}.pt"
     if not path.exists():
         return 0
     try:
-        made, done, history[:], dice, states = torch.load(path, map_location="cpu", weights_only=True)
-        problem = problem if not RESUME else "it has other parameters" * (made != made_with(parts))
+        made, done, rows, dice, states = torch.load(path, map_location="cpu", weights_only=True)
+        problem = "it has other parameters" if made != made_with(parts) else "" if RESUME else "RESUME is off"
     except Exception as error:
         problem = f"it is damaged ({type(error).__name__})"
     accelerator.wait_for_everyone()
     if problem:
-        print(f"{path} is set aside and the training starts anew: {problem}")
+        print(f"{path} is set aside and training starts anew: {problem}")
         MAIN and path.replace(path.with_suffix(".set-aside"))
-        history.clear()
         return 0
     for name, part in parts.items():
-        part.update(states[name]) if isinstance(part, dict) else bare(part).load_state_dict(states[name])
-    cpu, gpus = dice[accelerator.process_index % len(dice)]
+        load = part.update if isinstance(part, dict) else bare(part).load_state_dict
+        load(send_to_device(states[name], device) if isinstance(part, dict) else states[name])
+    history[:], (cpu, gpus) = rows, dice[accelerator.process_index % len(dice)]
     torch.set_rng_state(cpu)
     torch.cuda.set_rng_state_all(gpus) if gpus else None
     print(f"{stage}: going on after {done} epochs from {path} (RESUME = False starts anew)")
@@ -747,9 +681,10 @@ def load_checkpoint(stage, **parts):
 # %% [markdown]
 # ## Training
 #
-# Some helpers first: equally long lists of windows for all nets, the error of each net on its own check windows, and
-# **early stopping** net by net (keep the weights of the best epoch). `shrink` is *weight decay*: after every step
-# each weight gives up a share of itself. It is written out because every net has its own strength of it.
+# Some helpers first: equally long lists of windows for all nets, the error of each net on its own check
+# windows, and **early stopping** net by net (keep the weights of the best epoch). `shrink` is *weight
+# decay*: after every step each weight gives up a share of itself. It is written out because every net has
+# its own strength of it.
 
 
 # %%
@@ -783,7 +718,8 @@ def shrink(model, lr, decay):
 
 
 # %% [markdown]
-# Stochastic gradient descent as in the lecture, or AdamW with a rate that warms up and falls along a half cosine.
+# Stochastic gradient descent as in the lecture, or AdamW with a rate that warms up and falls along a half
+# cosine.
 
 
 # %%
@@ -794,7 +730,7 @@ def make_training(members, steps):
         optimizer = torch.optim.SGD(model.parameters(), lr=settings["lr"], momentum=0.9)
         scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
     else:  # strong
-        optimizer = torch.optim.AdamW(model.parameters(), lr=settings["lr"], weight_decay=0)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=settings["lr"], weight_decay=0, fused=True)
         warm = dict(pct_start=0.05, cycle_momentum=False)
         scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings["lr"], total_steps=steps, **warm)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -810,8 +746,9 @@ def log(stage, epoch, loss, error, lr, seconds, examples):
 
 
 # %% [markdown]
-# The loop of the whole course: take a batch, forward, loss, backward, step. Everything lies on the device as one tensor,
-# so a batch is just an index. The losses of the nets are added up; as they share no weight, each gets its own gradient.
+# The loop of the whole course: take a batch, forward, loss, backward, step. Everything lies on the device
+# as one tensor, so a batch is just an index. The losses of the nets are added up; as they share no weight,
+# each gets its own gradient.
 
 
 # %% tags=["train"]
@@ -861,7 +798,8 @@ def train_members(stage, jobs):
 
 
 # %% [markdown]
-# Every process guesses its share of the rows, then all shares are gathered: the same answers on one processor or eight.
+# Every process guesses its share of the rows, then all shares are gathered: the same answers on one
+# processor or eight.
 
 
 # %% tags=["predict"]
@@ -875,8 +813,8 @@ def predict(model, x):
 
 
 # %% [markdown]
-# Up to *strong* two nets are trained: one on the random split, one on the grouped split. One of them predicts, the other
-# one shows what the split does to the validation score.
+# Up to *strong* two nets are trained: one on the random split, one on the grouped split. One of them
+# predicts, the other one shows what the split does to the validation score.
 
 
 # %%
@@ -903,9 +841,10 @@ if LEVEL != "boss":
     scores["nets"]["day 4"] = error_on(guess[chosen, later], np.flatnonzero(later))
 
 # %% [markdown]
-# The boss first asks the three validations which **weight decay** is right, all strengths and all splits in one batched
-# run. Then it trains 24 nets with it, each on its own *bootstrap* (windows drawn with replacement), and a **ridge
-# regression** on the same columns. Nets and ridge err differently; their mean is the prediction.
+# The boss first asks the three validations which **weight decay** is right, all strengths and all splits in
+# one batched run. Then it trains 24 nets with it, each on its own *bootstrap* (windows drawn with
+# replacement), and a **ridge regression** on the same columns. Nets and ridge err differently; their mean
+# is the prediction.
 
 # %%
 from sklearn.linear_model import RidgeCV
@@ -926,7 +865,7 @@ if LEVEL == "boss":
 
 # %%
 def ridge(learn, wanted):
-    """The straight line that has seen the windows `learn`, with the penalty that leave-one-out validation likes best."""
+    """A linear model of the windows `learn`; its penalty is chosen by leave-one-out validation."""
     model = RidgeCV(np.logspace(0, 4, 17)).fit(x[learn].cpu().numpy(), target[learn])
     return model.predict(wanted.cpu().numpy())
 
@@ -934,16 +873,13 @@ def ridge(learn, wanted):
 if LEVEL == "boss":
     scores |= {"ridge": {}, "nets + ridge": {}}
     for name, pairs in splits.items():
-        nets = [guess[trials.index((name, k, best_decay)), check] for k, (_, check) in enumerate(pairs)]
-        line = [ridge(learn, x[check]) for learn, check in pairs]
-        for who, parts in (
-            ("nets", nets),
-            ("ridge", line),
-            ("nets + ridge", [(a + b) / 2 for a, b in zip(nets, line)]),
-        ):
-            scores[who][name] = float(
-                np.mean([error_on(part, check) for part, (_, check) in zip(parts, pairs)])
-            )
+        guesses = {
+            "nets": [guess[trials.index((name, k, best_decay)), pair[1]] for k, pair in enumerate(pairs)]
+        }
+        guesses["ridge"] = [ridge(learn, x[check]) for learn, check in pairs]
+        guesses["nets + ridge"] = [(a + b) / 2 for a, b in zip(guesses["nets"], guesses["ridge"])]
+        for who, parts in guesses.items():
+            scores[who][name] = float(np.mean([error_on(part, pair[1]) for part, pair in zip(parts, pairs)]))
     dice, pool = np.random.default_rng(SEED), np.flatnonzero(learnable)
     bags = [dice.choice(pool, len(pool)) for _ in range(settings["members"])]
     left_out = [np.setdiff1d(np.flatnonzero(later), bag) for bag in bags]  # an honest check for each net
@@ -986,7 +922,8 @@ show("curves.png")
 # %% [markdown]
 # ## Submission
 #
-# `id,tested_positive`, one line per test row. The file's ids travel with their predictions, so no order can get lost.
+# `id,tested_positive`, one line per test row. The file's ids travel with their predictions, so no order can
+# get lost.
 
 # %% tags=["submission"]
 submission = OUT / ("pred.csv" if REAL else "pred.sample.csv")
@@ -1032,28 +969,26 @@ if MAIN:
     except Stop:
         submission.replace(f"{submission}.rejected")
         raise
-    if ANSWERS or not FILES:
-        score = float(score_submission(submission, ANSWERS))
+    score = float(score_submission(submission, ANSWERS)) if ANSWERS or not FILES else None
+    print(f"{submission} is valid, {METRIC}: {'only the judge knows' if score is None else round(score, 5)}")
     command = ["kaggle", "competitions", "submit", SLUG, "-f", str(submission), "-m", f"{HW} {LEVEL}"]
-    print(f"{submission} is valid; {METRIC}: {score if score is not None else 'known to the judge alone'}")
     if not REAL:
-        print(
-            "It answers generated questions: there is nothing to send. DATA = 'real' makes the file for the judge."
-        )
+        print("It answers generated questions, nothing is sent. Real data makes the file for the judge.")
     elif not SUBMIT or not SLUG:
-        print(f"send it with: {' '.join(command)}\n" * bool(SLUG) + f"or upload it at {JUDGE}")
+        print(f"to send it: {' '.join(command) if SLUG else ''}\nor upload it at {JUDGE}")
     elif subprocess.call(command):
-        raise Stop(f"Kaggle did not take {submission}; it is complete, upload it at {JUDGE}")
+        raise Stop(f"Kaggle did not take {submission}; the file is complete, upload it at {JUDGE}")
 
 # %% [markdown] tags=["report"]
 # ## Report
 #
-# The homework has no graded report; the course asks its best three for their methods in 200 words. We ask six questions
-# and answer them with the numbers of this run.
+# The homework has no graded report; the course asks its best three for their methods in 200 words. We ask
+# six questions and answer them with the numbers of this run.
 #
-# **1. Which validation tells the truth?** The table above. Random rows flatter a model, because neighbours of the
-# held-out rows are in the training part. Chains are stricter, but they come from the early period. The day-4 check looks at
-# the period of the test rows. The dots are the levels that were run in this folder so far.
+# **1. Which validation tells the truth?** The table above. Random rows flatter a model, because neighbours
+# of the held-out rows are in the training part. Chains are stricter, but they come from the early period.
+# The day-4 check looks at the period of the test rows. The dots are the levels that were run in this folder
+# so far.
 
 
 # %%
@@ -1082,23 +1017,22 @@ axis.legend()
 show("validation.png")
 
 # %% [markdown] tags=["report"]
-# **2. Which columns matter?** `f_regression` tests each column alone against the rate. The columns right of the line would
-# be dropped at *strong*, which keeps 24.
+# **2. Which columns matter?** `f_regression` tests each column alone against the rate. The columns right of
+# the line would be dropped at *strong*, which keeps 24.
 
 # %%
-shown = np.argsort(-np.nan_to_num(strength))[:32]
+shown = np.argsort(-strength)[:32]
 plt.figure(figsize=(8, 3), layout="constrained")
-plt.bar(
-    [names[k] for k in shown], strength[shown], color=["C0" if k < 24 else "C7" for k in range(len(shown))]
-)
+plt.bar([ALL79[k] for k in shown], strength[shown], color=["C0"] * 24 + ["C7"] * 8)
 plt.axvline(23.5, color="black")
 plt.ylabel("f_regression score")
 plt.xticks(rotation=90, fontsize=7)
 show("features.png")
 
 # %% [markdown] tags=["report"]
-# **3. How much weight decay?** Too little and the nets learn noise, too much and they learn nothing. The three validations
-# do not agree on where the bottom is: the random split would choose a weaker penalty than the later period asks for.
+# **3. How much weight decay?** Too little and the nets learn noise, too much and they learn nothing. The
+# three validations do not agree on where the bottom is: the random split would choose a weaker penalty than
+# the later period asks for.
 
 # %%
 if LEVEL == "boss":
@@ -1120,8 +1054,8 @@ else:
     print("the sweep belongs to the boss level")
 
 # %% [markdown] tags=["report"]
-# **4. Where is it wrong?** Left: the day-4 windows of the test rows, each guessed by nets that had not learned from it.
-# Right: the ten states with the largest mean error there.
+# **4. Where is it wrong?** Left: the day-4 windows of the test rows, each guessed by nets that had not
+# learned from it. Right: the ten states with the largest mean error there.
 
 # %%
 if LEVEL == "boss":
@@ -1143,9 +1077,9 @@ axes[1].set(ylabel="mean absolute error", title=f"all states: {miss.mean():.2f}"
 show("errors.png")
 
 # %% [markdown] tags=["report"]
-# **5. What is a `DataLoader` worth here?** One epoch over the training rows, the official way (a `Dataset` that returns
-# one row, a `DataLoader` that collates 256 of them) and ours (an index into one tensor), with the same small net and no training
-# step: this is the loading alone.
+# **5. What is a `DataLoader` worth here?** One epoch over the training rows, the official way (a `Dataset`
+# that returns one row, a `DataLoader` that collates 256 of them) and ours (an index into one tensor), with
+# the same small net and no training step: this is the loading alone.
 
 # %%
 from torch.utils.data import DataLoader, TensorDataset
@@ -1171,44 +1105,33 @@ print(f"{len(x) / fast:12,.0f} rows/s by index, {slow / fast:.0f} times as many"
 # **6. The method in 200 words.**
 
 # %%
-text = f"""
-Level {LEVEL} on the {"real" if REAL else "sample"} data: {len(names)} features ({settings["columns"]}), target
-{"the change since the day before" if settings["change"] else "the rate itself"}. The nets have hidden layers of
-{" and ".join(map(str, settings["hidden"]))} units ({settings["activation"]}, dropout {settings["dropout"]}) and were
-trained with {settings["optimizer"]}, learning rate {settings["lr"]}, batches of {settings["batch_size"]}, at most
-{settings["epochs"]} epochs. """
+text = f"""Level {LEVEL} on the {"real" if REAL else "sample"} data. The nets see {table.shape[1]} features
+({settings["columns"]}) and guess {"the change of the rate" if settings["change"] else "the rate itself"};
+hidden layers of {" and ".join(map(str, settings["hidden"]))} units ({settings["activation"]}, dropout
+{settings["dropout"]}), {settings["optimizer"]} with learning rate {settings["lr"]}, batches of
+{settings["batch_size"]}, at most {settings["epochs"]} epochs. """
 if LEVEL == "boss":
-    text += f"""Training windows end on day 5 and on day 4; day-4 windows of the test rows were
-{"used" if USE_TEST_WINDOWS else "not used"}. Weight decay {best_decay} was chosen among {settings["decay"]} by the day-4
-check. The prediction is the mean of {len(members)} nets on bootstraps, averaged with a ridge regression. """
-text += f"""Validation (mean squared error): random rows {scores[who]["random"]:.3f}, whole chains
-{scores[who]["grouped"]:.3f}, day-4 check {scores[who]["day 4"]:.3f}; repeating yesterday's rate scores
-{scores["yesterday's rate"]["day 4"]:.3f} there. """
+    text += f"""They learn from windows that end on day 5 and on day 4, day-4 windows of the test rows
+{"included" if USE_TEST_WINDOWS else "left out"}. Weight decay {best_decay} was chosen among
+{settings["decay"]} by the day-4 check. The prediction is the mean of {len(members)} nets, each on a
+bootstrap, averaged with a ridge regression. """
+text += f"""Mean squared error in validation: random rows {scores[who]["random"]:.3f}, whole chains
+{scores[who]["grouped"]:.3f}, day-4 check {scores[who]["day 4"]:.3f}, where repeating yesterday's rate has
+{scores["yesterday's rate"]["day 4"]:.3f}. """
 if score is not None:
-    text += f"The hidden answers of the sample give {score:.3f}."
+    text += f"On the hidden answers of the sample: {score:.3f}."
 print(" ".join(text.split()))
 
 # %% cellView="form" jupyter={"source_hidden": true} tags=["common:result"]
 # @title Result
-result = {
-    "hw": HW,
-    "level": LEVEL,
-    "data": "real" if REAL else "sample",
-    "profile": PROFILE,
-    "metric": METRIC,
-}
-result |= {"score": score, **summary, "seconds": round(time.perf_counter() - START, 1), "seed": SEED}
-result |= {
-    "device": machine,
-    "torch": torch.__version__,
-    "python": sys.version.split()[0],
-    "settings": settings,
-}
+result = {"hw": HW, "level": LEVEL, "data": "real" if REAL else "sample", "profile": PROFILE, "seed": SEED}
+result |= {"metric": METRIC, "score": score, **summary, "seconds": round(time.perf_counter() - START, 1)}
+result |= {"device": machine, "torch": torch.__version__, "settings": settings}
 if MAIN:
-    columns = dict.fromkeys(name for row in history for name in row)
-    rows = [list(columns), *([row.get(name, "") for name in columns] for row in history)]
+    import pandas as pd
+
     with aside(OUT / "history.csv") as part:
-        part.write_text("\n".join(",".join(map(str, row)) for row in rows))
+        pd.DataFrame(history).to_csv(part, index=False)
     with aside(OUT / "result.json") as part:
         part.write_text(json.dumps(result, indent=1, default=str))
 print(f"submission: {submission}\nscore: {METRIC} {score}\nresult: {OUT / 'result.json'}")

@@ -1,16 +1,18 @@
 """What the maintenance commands share: where the notebooks are, how a script becomes a notebook."""
 
+import ast
 import hashlib
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jupytext
 from jupytext.config import load_jupytext_config
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMON = ROOT / "tests" / "tools" / "common_cells.py"
-REPOSITORY = "ml2022-notebooks/ml2022-spring"  # owner/name on GitHub, for the badges: change it here, make sync
+REPOSITORY = "ml2022-notebooks/ml2022-spring"  # on GitHub, for the badges
 LEVELS = ("simple", "medium", "strong", "boss")
 METADATA = {
     "accelerator": "GPU",
@@ -52,6 +54,20 @@ def facts(path):
         if tag_of(cell) in ("parameters", "homework"):
             exec(cell.source, {}, values)
     return values
+
+
+def pick(path, *names, **given):
+    """The named top-level definitions of a script, run alone: a homework's functions without its training."""
+    wanted = []
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        targets = getattr(node, "targets", None) or [getattr(node, "target", node)]
+        if isinstance(node, (ast.Import, ast.ImportFrom)) or {
+            getattr(t, "name", getattr(t, "id", "")) for t in targets
+        } & {*names}:
+            wanted.append(node)
+    space = {"__name__": path.stem, **given}
+    exec(compile(ast.Module(wanted, []), str(path), "exec"), space)
+    return SimpleNamespace(**space)
 
 
 def digest(notebook):

@@ -1,6 +1,6 @@
-"""Write the common cells, badges and tables into the scripts, decks and README, and the scripts into the notebooks.
+"""make sync: common cells, badges and tables into the scripts, decks and README, scripts into notebooks.
 
-make sync. With --check nothing is written: every difference is printed, and the exit code is 1 if there was one.
+With --check nothing is written: every difference is printed, and the exit code is 1 if there was one.
 """
 
 import re
@@ -9,8 +9,8 @@ import sys
 import jupytext
 import nbformat
 import tables
-from notebooks import LEVELS, METADATA, ROOT, common_cells, fill, read_script, scripts, tag_of
 from jupytext.config import load_jupytext_config
+from notebooks import METADATA, ROOT, common_cells, fill, read_script, scripts, tag_of
 
 CHECK = "--check" in sys.argv
 
@@ -33,7 +33,8 @@ def script_text(path):
     header.source = fill(header.source, "badges", tables.badges(hw))
     cells = {2: lambda level: tables.score(hw, level), 3: lambda level: tables.baseline(hw, level)}
     cells[4] = lambda level: tables.seconds(hw, level)
-    header.source = fill(header.source, "ladder", tables.refill(block(header.source, "ladder"), cells))
+    ladder = tables.refill(block(header.source, "ladder"), cells)
+    header.source = fill(header.source, "ladder", ladder)
     return jupytext.writes(notebook, fmt="py:percent", config=load_jupytext_config(str(path)))
 
 
@@ -47,7 +48,9 @@ def notebook_text(path, script):
         cell.id = f"{path.stem.lower()}-{number:02d}"
         if cell.cell_type == "code" and before:
             cell.outputs, cell.execution_count = before.outputs, before.execution_count
-    notebook.metadata = METADATA | {key: old.metadata[key] for key in ("source_sha256",) if key in old.metadata}
+    notebook.metadata = METADATA | {
+        key: old.metadata[key] for key in ("source_sha256",) if key in old.metadata
+    }
     return nbformat.writes(notebook) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""The measured numbers, as text: ladder and bench tables for the headers, the decks and README.md, from their records."""
+"""The measured numbers as text: tables for headers, decks and README.md from the two records."""
 
 import json
 
@@ -46,7 +46,8 @@ def badges(hw):
     colab, kaggle = "https://colab.research.google.com", "https://kaggle.com"
     return (
         f"[![Colab]({colab}/assets/colab-badge.svg)]({colab}/github/{at})\n"
-        f"[![Kaggle]({kaggle}/static/images/open-in-kaggle.svg)]({kaggle}/kernels/welcome?src=https://github.com/{at})\n"
+        f"[![Kaggle]({kaggle}/static/images/open-in-kaggle.svg)]"
+        f"({kaggle}/kernels/welcome?src=https://github.com/{at})\n"
     )
 
 
@@ -58,7 +59,8 @@ def readme_ladder():
         better = "higher" if known["HIGHER_IS_BETTER"] else "lower"
         cells = [f"{score(hw, level)} ({baseline(hw, level) or 'none'})" for level in LEVELS]
         seeds = record(LADDER).get(hw, {}).get("levels", {}).get("boss", {}).get("seeds", [])
-        text += f"| [{hw}]({hw}/{hw}.ipynb) | {known['METRIC']}, {better} is better | {' | '.join(cells)} | {len(seeds)} |\n"
+        text += f"| [{hw}]({hw}/{hw}.ipynb) | {known['METRIC']}, {better} is better | "
+        text += f"{' | '.join(cells)} | {len(seeds)} |\n"
     return text
 
 

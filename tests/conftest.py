@@ -1,0 +1,87 @@
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).resolve().parent
+sys.path[:0] = [str(TESTS), str(TESTS / "tools"), str(TESTS / "offline")]
+os.environ["HW_"] = ""  # no run of this suite may inherit a parameter by accident: see runner.environment
+del os.environ["HW_"]
+
+import sitecustomize
+from nbmake.nb_run import NotebookRun
+from notebooks import scripts
+from runner import Run, environment
+
+HOMEWORKS = [path.stem for path in scripts([])]
+
+
+def pytest_generate_tests(metafunc):
+    if "hw" in metafunc.fixturenames:
+        metafunc.parametrize("hw", HOMEWORKS, scope="session")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_network(tmp_path_factory):
+    os.environ["OFFLINE_LOG"] = str(tmp_path_factory.mktemp("offline") / "offline.log")
+    sys.addaudithook(sitecustomize.guard)
+    yield
+    assert not Path(os.environ["OFFLINE_LOG"]).exists(), Path(os.environ["OFFLINE_LOG"]).read_text()
+
+
+@pytest.fixture
+def script(hw):
+    return TESTS.parent / hw / f"{hw}.py"
+
+
+@pytest.fixture
+def run(tmp_path):
+    """run(script, **environment) -> Run; none may try to reach the network."""
+
+    def start(script, folder=tmp_path, **wanted):
+        return Run(script, folder, **wanted)
+
+    yield start
+    tried = tmp_path / "offline.log"
+    assert not tried.exists(), f"the network was wanted: {tried.read_text()}"
+
+
+def outcome(folder):
+    """result.json and the submission's bytes of the newest run below `folder`."""
+    path = max(Path(folder).glob("out/*/*/result.json"), key=lambda found: found.stat().st_mtime)
+    result = json.loads(path.read_text())
+    files = [file for file in path.parent.iterdir() if file.is_file() and ".sample." in file.name]
+    assert len(files) == 1, files
+    return result, files[0].read_bytes()
+
+
+@pytest.fixture(scope="session")
+def straight(hw, tmp_path_factory):
+    """The reference: a tiny boss run of the script that nobody disturbed -> (result, submission, folder)."""
+    folder = tmp_path_factory.mktemp(f"{hw}-straight")
+    run = Run(TESTS.parent / hw / f"{hw}.py", folder).wait()
+    assert run.code == 0, run.text
+    assert not (folder / "offline.log").exists()
+    return *outcome(folder), folder
+
+
+@pytest.fixture(scope="session")
+def notebook(hw, tmp_path_factory):
+    """The lone notebook in an empty folder, run without a network -> (executed notebook, folder)."""
+    folder = tmp_path_factory.mktemp(f"{hw}-notebook")
+    copy = folder / f"{hw}.ipynb"
+    copy.write_bytes((TESTS.parent / hw / f"{hw}.ipynb").read_bytes())
+    before = dict(os.environ)
+    wanted = environment(HW_PROFILE="tiny", HW_DATA="sample", OFFLINE_LOG=folder / "offline.log")
+    os.environ.clear()
+    os.environ.update(wanted)
+    try:
+        result = NotebookRun(copy, 120).execute()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    assert result.error is None, result.error.trace
+    assert not (folder / "offline.log").exists(), (folder / "offline.log").read_text()
+    return result.nb, folder
