@@ -95,6 +95,8 @@ if not NOTEBOOK:
     matplotlib.use("Agg")  # a script draws into files and opens no window
 import matplotlib.pyplot as plt
 
+plt.rcParams["figure.constrained_layout.use"] = True
+
 
 class Stop(Exception):
     """Ends the run with one sentence that says what a person can do."""
@@ -166,7 +168,7 @@ def show(name):
     """Keep the current figure in OUT/figures; a notebook shows it too."""
     if MAIN:
         with aside(OUT / "figures" / name) as part:
-            plt.savefig(part, dpi=120, bbox_inches="tight", format=Path(name).suffix[1:])
+            plt.gcf().savefig(part, dpi=120, format=Path(name).suffix[1:])
         NOTEBOOK and display.display(display.Image(OUT / "figures" / name))
     plt.close()
 
@@ -411,7 +413,7 @@ print(f"train: {len(train_id)} rows x 118 columns, test: {len(test_id)} rows x 1
 # looks good.
 
 # %%
-fig, axes = plt.subplots(1, 3, figsize=(8, 2.6), layout="constrained")
+fig, axes = plt.subplots(1, 3, figsize=(8, 2.6))
 axes[0].plot(train_days[:, 4, 0], train_days[:, 4, 15], ".", markersize=2)
 axes[0].set(xlabel="cli on day 5", ylabel="tested_positive on day 5")
 axes[1].plot(train_days[:, 3, 15], train_days[:, 4, 15], ".", markersize=2)
@@ -481,7 +483,7 @@ LEVELS = {
 }
 settings = LEVELS[LEVEL]
 if PROFILE == "tiny":
-    settings |= dict(epochs=min(settings["epochs"], 40), members=4)  # the sample is smaller, too
+    settings |= dict(epochs=min(settings["epochs"], 20), members=4)  # the sample is smaller, too
 settings |= dict(epochs=EPOCHS or settings["epochs"], batch_size=BATCH_SIZE or settings["batch_size"])
 print(*(f"{name}: {value}" for name, value in settings.items()), sep=", ")
 
@@ -909,7 +911,7 @@ summary |= dict(parameters=sum(weight.numel() for weight in model.parameters()))
 
 # %%
 stages = list(dict.fromkeys(row["stage"] for row in history))
-fig, axes = plt.subplots(1, len(stages), figsize=(4 * len(stages), 2.6), layout="constrained", squeeze=False)
+fig, axes = plt.subplots(1, len(stages), figsize=(4 * len(stages), 2.6), squeeze=False)
 for axis, stage in zip(axes[0], stages):
     rows_ = [row for row in history if row["stage"] == stage]
     for key in ("loss", "valid"):
@@ -1003,7 +1005,7 @@ def other_levels():
 
 
 levels = other_levels()
-fig, axis = plt.subplots(figsize=(8, 2.6), layout="constrained")
+fig, axis = plt.subplots(figsize=(8, 2.6))
 for name in splits:
     axis.plot(
         list(levels), [one["validation"][name] for one in levels.values()], "o--", label=f"validation, {name}"
@@ -1022,7 +1024,7 @@ show("validation.png")
 
 # %%
 shown = np.argsort(-strength)[:32]
-plt.figure(figsize=(8, 3), layout="constrained")
+plt.figure(figsize=(8, 3))
 plt.bar([ALL79[k] for k in shown], strength[shown], color=["C0"] * 24 + ["C7"] * 8)
 plt.axvline(23.5, color="black")
 plt.ylabel("f_regression score")
@@ -1036,7 +1038,7 @@ show("features.png")
 
 # %%
 if LEVEL == "boss":
-    plt.figure(figsize=(8, 2.6), layout="constrained")
+    plt.figure(figsize=(8, 2.6))
     for name, line in sweep.items():
         plt.plot(
             settings["decay"],
@@ -1066,7 +1068,7 @@ else:
     held = guess[chosen]
 held = (held + before if settings["change"] else held)[later]
 miss = np.abs(held - rate[later])
-fig, axes = plt.subplots(1, 2, figsize=(8, 2.8), layout="constrained")
+fig, axes = plt.subplots(1, 2, figsize=(8, 2.8))
 axes[0].plot(rate[later], held, ".", markersize=3)
 axes[0].axline((10, 10), slope=1, color="black", linewidth=0.8)
 axes[0].set(xlabel="true rate of day 4", ylabel="guess")

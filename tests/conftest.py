@@ -7,8 +7,6 @@ import pytest
 
 TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS), str(TESTS / "tools"), str(TESTS / "offline")]
-os.environ["HW_"] = ""  # no run of this suite may inherit a parameter by accident: see runner.environment
-del os.environ["HW_"]
 
 import sitecustomize
 from nbmake.nb_run import NotebookRun
@@ -20,7 +18,16 @@ HOMEWORKS = [path.stem for path in scripts([])]
 
 def pytest_generate_tests(metafunc):
     if "hw" in metafunc.fixturenames:
-        metafunc.parametrize("hw", HOMEWORKS, scope="session")
+        common = metafunc.definition.get_closest_marker("common")
+        metafunc.parametrize("hw", HOMEWORKS[:1] if common else HOMEWORKS, scope="session")
+
+
+def pytest_collection_modifyitems(items):
+    """A homework's tests share their reference runs, so they stay on one of the two workers."""
+    for item in items:
+        hw = item.callspec.params.get("hw", "") if hasattr(item, "callspec") else ""
+        common = "common" if item.get_closest_marker("common") or not hw else ""
+        item.add_marker(pytest.mark.xdist_group(hw + common))
 
 
 @pytest.fixture(scope="session", autouse=True)

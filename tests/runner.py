@@ -12,7 +12,18 @@ import time
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
-PACKAGES = ["torch", "accelerate", "matplotlib.pyplot", "pandas", "sklearn.linear_model", "requests"]
+PACKAGES = [
+    "torch",
+    "torch._dynamo",
+    "accelerate",
+    "matplotlib.pyplot",
+    "pandas",
+    "sklearn.linear_model",
+    "requests",
+]
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # two test workers on two cores: more threads would only wait for each other
+)
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload([*PACKAGES, "sklearn.feature_selection", "scipy.sparse.csgraph"])
 
@@ -41,7 +52,7 @@ def child(script, folder, env, patch):
     sys.addaudithook(sitecustomize.guard)
     sys.excepthook, code = sys.__excepthook__, 0
     try:
-        exec(patch)
+        exec(patch, {})
         runpy.run_path(str(script), run_name="__main__")
     except SystemExit as error:
         code = error.code or 0
@@ -67,9 +78,16 @@ class Run:
         self.process = context.Process(target=child, args=arguments)
         self.process.start()
         self.started = time.monotonic()
+        self.started = time.monotonic()
 
     def age(self):
         return time.monotonic() - self.started
+
+    def kill_after(self, seconds):
+        """SIGKILL at that age, wherever the run is then; did it still live?"""
+        self.until(lambda: time.monotonic() - self.started > seconds)
+        self.process.kill()
+        return self.wait().code == -9
 
     def wait(self):
         self.process.join()

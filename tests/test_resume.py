@@ -53,18 +53,16 @@ def test_killed_in_the_middle_of_a_checkpoint(run, script, hw, straight, tmp_pat
     assert ("going on after" in finish(run, script, straight, tmp_path).text) == (number > 1)
 
 
+@pytest.mark.common
 def test_killed_at_random_moments(run, script, hw, straight, tmp_path):
     """The short version of tests/tools/kills.py."""
     dice = random.Random(hw)
     for _ in range(3):
-        one = run(script)
-        one.until(lambda stop=dice.random() * straight[0]["seconds"]: one.age() > stop)
-        if one.process.is_alive():
-            os.kill(one.process.pid, signal.SIGKILL)
-        one.wait()
+        run(script).kill_after(dice.random() * straight[0]["seconds"])
     finish(run, script, straight, tmp_path)
 
 
+@pytest.mark.common
 def test_resume_after_the_last_epoch_trains_nothing(run, script, hw, straight, tmp_path):
     finish(run, script, straight, tmp_path)
     before = {path: path.read_bytes() for path in checkpoints(tmp_path)}
@@ -72,6 +70,7 @@ def test_resume_after_the_last_epoch_trains_nothing(run, script, hw, straight, t
     assert before == {path: path.read_bytes() for path in checkpoints(tmp_path)}
 
 
+@pytest.mark.common
 def test_full_disk_keeps_the_last_checkpoint(run, script, hw, straight, tmp_path):
     first = run(script, patch=SPOIL.format(number=3, end=FULL)).wait()
     assert first.code == 1 and "No space left on device" in first.text and "Traceback" not in first.text
@@ -79,6 +78,7 @@ def test_full_disk_keeps_the_last_checkpoint(run, script, hw, straight, tmp_path
     assert "going on after" in finish(run, script, straight, tmp_path).text
 
 
+@pytest.mark.common
 def test_ctrl_c_ends_in_one_sentence(run, script, hw, straight, tmp_path):
     first = run(script)
     assert first.until(lambda: checkpoints(tmp_path)), first.text
@@ -88,6 +88,7 @@ def test_ctrl_c_ends_in_one_sentence(run, script, hw, straight, tmp_path):
     finish(run, script, straight, tmp_path)
 
 
+@pytest.mark.common
 @pytest.mark.parametrize("spoiled", [b"", b"nonsense", None], ids=["empty", "nonsense", "truncated"])
 def test_damaged_checkpoint_is_set_aside(run, script, hw, straight, tmp_path, spoiled):
     finish(run, script, straight, tmp_path)
@@ -98,11 +99,13 @@ def test_damaged_checkpoint_is_set_aside(run, script, hw, straight, tmp_path, sp
     assert list(tmp_path.glob("out/*/*/checkpoint/*.set-aside"))
 
 
+@pytest.mark.common
 def test_checkpoint_of_other_parameters_is_set_aside(run, script, hw, straight, tmp_path):
     assert run(script, HW_SEED=7).wait().code == 0
     assert "it has other parameters" in finish(run, script, straight, tmp_path).text
 
 
+@pytest.mark.common
 def test_resume_off_starts_anew(run, script, hw, straight, tmp_path):
     finish(run, script, straight, tmp_path)
     again = run(script, HW_RESUME="false").wait()
@@ -110,6 +113,7 @@ def test_resume_off_starts_anew(run, script, hw, straight, tmp_path):
     assert outcome(tmp_path)[1] == straight[1]
 
 
+@pytest.mark.common
 def test_output_folder_that_cannot_be_written(run, script, hw, tmp_path):
     (tmp_path / "out").write_text("a file where the folder should be")
     ended = run(script).wait()

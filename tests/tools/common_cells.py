@@ -20,6 +20,8 @@ if not NOTEBOOK:
     matplotlib.use("Agg")  # a script draws into files and opens no window
 import matplotlib.pyplot as plt
 
+plt.rcParams["figure.constrained_layout.use"] = True
+
 
 class Stop(Exception):
     """Ends the run with one sentence that says what a person can do."""
@@ -91,7 +93,7 @@ def show(name):
     """Keep the current figure in OUT/figures; a notebook shows it too."""
     if MAIN:
         with aside(OUT / "figures" / name) as part:
-            plt.savefig(part, dpi=120, bbox_inches="tight", format=Path(name).suffix[1:])
+            plt.gcf().savefig(part, dpi=120, format=Path(name).suffix[1:])
         NOTEBOOK and display.display(display.Image(OUT / "figures" / name))
     plt.close()
 
