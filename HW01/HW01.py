@@ -137,7 +137,7 @@ for key, text in [pair for pair in os.environ.items() if pair[0].startswith("HW_
     try:
         globals()[name] = YES[("true", "false").index(text.lower())] if kind is bool else kind(text)
     except ValueError:
-        raise Stop(f"{key} is {text!r}, but must be a {kind.__name__} like {globals()[name]!r}.") from None
+        raise Stop(f"{key} is {text!r}, but must be of type {kind.__name__}, not this text.") from None
 for name, allowed in CHOICES.items():
     if globals()[name] not in allowed:
         raise Stop(f"{name} is {globals()[name]!r}, but must be one of {allowed}.")
@@ -261,6 +261,7 @@ def make_sample(folder, answers):
 from concurrent.futures import ThreadPoolExecutor
 
 import requests
+from filelock import FileLock  # of runs side by side, one makes the data and the others wait
 
 
 def find(*roots):
@@ -280,20 +281,21 @@ def find(*roots):
 
 def unpack(root):
     """Unpack the archives below `root` into DATA_DIR, each at one stroke; was there a new one?"""
-    new = False
-    for archive in sorted(path for end in ("zip", "tgz", "tar.gz") for path in Path(root).rglob(f"*.{end}")):
+    new, ends = False, ("zip", "tgz", "tar.gz")
+    for archive in sorted(path for end in ends for path in Path(root).rglob(f"*.{end}")):
         target, is_zip = Path(DATA_DIR, f"{archive.name}-unpacked"), archive.suffix == ".zip"
-        if target.exists():
-            continue
-        try:
-            with aside(target) as part, (zipfile.ZipFile if is_zip else tarfile.open)(archive) as pack:
-                if is_zip and any(name[0] in "/\\" or ".." in name for name in pack.namelist()):
-                    raise OSError("it would write outside its folder")
-                pack.extractall(part, **({} if is_zip else {"filter": "data"}))
-                new = True
-        except Exception as error:
-            size = archive.stat().st_size
-            raise OSError(f"{archive} ({size} bytes) is damaged, fetch it again: {error}") from None
+        with FileLock(f"{DATA_DIR}.lock"):
+            if target.exists():
+                continue
+            try:
+                with aside(target) as part, (zipfile.ZipFile if is_zip else tarfile.open)(archive) as pack:
+                    if is_zip and any(name[0] in "/\\" or ".." in name for name in pack.namelist()):
+                        raise OSError("it would write outside its folder")
+                    pack.extractall(part, **({} if is_zip else {"filter": "data"}))
+                    new = True
+            except Exception as error:
+                size = archive.stat().st_size
+                raise OSError(f"{archive} ({size} bytes) is damaged, fetch it again: {error}") from None
     return new
 
 
@@ -311,7 +313,7 @@ def ask(url):
 def fetch(files):
     """{name: address, or addresses of its pieces} -> DATA_DIR; a broken download leaves nothing."""
     for name, addresses in files.items():
-        with aside(Path(DATA_DIR, name)) as part:
+        with FileLock(f"{DATA_DIR}.lock"), aside(Path(DATA_DIR, name)) as part:
             with part.open("wb") as file:
                 for url in addresses.split():
                     print(f"fetching {url}")
@@ -355,10 +357,11 @@ def choose_data():
     if DATA == "auto":
         print(f"NO REAL DATA WAS FOUND, this run uses the generated SAMPLE. {why}")
     folder, recipe = Path(f"{DATA_DIR}-sample", PROFILE), hashlib.md5(inspect.getsource(make_sample).encode())
-    if not (folder / recipe.hexdigest()).exists():  # never made, or by another make_sample
-        with aside(folder) as part:
-            [(part / name).mkdir(parents=True) for name in ("data", "answers", recipe.hexdigest())]
-            make_sample(part / "data", part / "answers")
+    with FileLock(f"{folder}.lock"):
+        if not (folder / recipe.hexdigest()).exists():  # never made, or by another make_sample
+            with aside(folder) as part:
+                [(part / name).mkdir(parents=True) for name in ("data", "answers", recipe.hexdigest())]
+                make_sample(part / "data", part / "answers")
     return [False, find(folder / "data"), folder / "answers"]
 
 
@@ -407,24 +410,34 @@ if REAL and PROFILE == "tiny":
 print(f"train: {len(train_id)} rows x 118 columns, test: {len(test_id)} rows x 117 columns")
 
 # %% [markdown]
-# Look before you fit. Left: the answers about illness follow the positive rate, so day 5's answers, which
-# we *are* given, say much about day 5's rate. Middle: so does yesterday's rate. Right: the test rows have
-# about **twice** the rate of the training rows. They come later. Keep that in mind when a validation score
-# looks good.
+# Look before you fit. Day 5's answers about illness, which we *are* given, say much about day 5's rate
+# (left), and so does the rate of the day before (right).
 
 # %%
-fig, axes = plt.subplots(1, 3, figsize=(8, 2.6))
+fig, axes = plt.subplots(1, 2, figsize=(8, 2.6), sharey=True)
 axes[0].plot(train_days[:, 4, 0], train_days[:, 4, 15], ".", markersize=2)
 axes[0].set(xlabel="cli on day 5", ylabel="tested_positive on day 5")
 axes[1].plot(train_days[:, 3, 15], train_days[:, 4, 15], ".", markersize=2)
 axes[1].set(xlabel="tested_positive on day 4")
-for name, days in (("train", train_days), ("test", test_days)):
-    axes[2].hist(
-        days[:, 3, 15], bins=40, density=True, alpha=0.6, label=f"{name}, mean {days[:, 3, 15].mean():.1f}"
-    )
-axes[2].set(xlabel="tested_positive on day 4")
-axes[2].legend()
 show("data.png")
+
+# %% [markdown]
+# But the test rows are not like the training rows: **they come later**, when more tests are positive (left,
+# the rate of day 4, which is known in both). A model that has learned how high the rate usually is will be
+# wrong, and even the relation between an answer and the rate may have moved (right). Keep that in mind when a
+# validation score looks good.
+
+# %%
+fig, axes = plt.subplots(1, 2, figsize=(8, 2.6))
+for name, part in (("train", train_days), ("test", test_days)):
+    mean = part[:, 3, 15].mean()
+    axes[0].hist(part[:, 3, 15], bins=40, density=True, alpha=0.6, label=f"{name}, mean {mean:.1f} %")
+    axes[1].plot(part[:, 3, 0], part[:, 3, 15], ".", markersize=2, alpha=0.6, label=name)
+axes[0].set(xlabel="tested_positive on day 4")
+axes[1].set(xlabel="cli on day 4", ylabel="tested_positive on day 4")
+axes[0].legend()
+axes[1].legend(markerscale=5)
+show("shift.png")
 
 # %% [markdown]
 # ## Windows and validation
@@ -473,7 +486,7 @@ print(f"{len(np.unique(chain[: len(train_id)]))} chains in {len(train_id)} train
 PLAIN = dict(change=False, hidden=(16, 8), activation="relu", dropout=0.0, skip=False, split="random")
 PLAIN |= dict(optimizer="SGD", batch_size=256, decay=(0.0,))
 BETTER = dict(change=True, activation="silu", optimizer="AdamW", lr=2e-3, batch_size=64)
-STRONG = dict(columns="best 24", hidden=(64, 32), dropout=0.1, skip=False, split="grouped", decay=(0.01,))
+STRONG = dict(columns="best 24", hidden=(64, 32), dropout=0.3, skip=False, split="grouped", decay=(0.01,))
 BOSS = dict(columns="differences", hidden=(64,), dropout=0.2, skip=True, split="day 4", members=24)
 LEVELS = {
     "simple": PLAIN | dict(columns="all raw", lr=1e-5, epochs=3000, patience=400),
@@ -552,7 +565,7 @@ print(f"{len(table)} windows x {table.shape[1]} features, {learnable.sum()} to l
 # %% [markdown]
 # Two decisions that cost nothing. **Scale**: every column to mean 0 and spread 1, else one large column
 # (`id`!) forces a learning rate of 0.00001 on all of them. **Target**: from *strong* on the net guesses the
-# *change* since the day before. The rate itself doubles between training and test, a net would have to
+# *change* since the day before. The rate itself is much higher in the test rows, a net would have to
 # extrapolate; changes look alike in both.
 
 # %%
@@ -678,7 +691,6 @@ def load_checkpoint(stage, **parts):
     torch.cuda.set_rng_state_all(gpus) if gpus else None
     print(f"{stage}: going on after {done} epochs from {path} (RESUME = False starts anew)")
     return done
-
 
 # %% [markdown]
 # ## Training

@@ -55,6 +55,23 @@ def run(tmp_path):
     assert not tried.exists(), f"the network was wanted: {tried.read_text()}"
 
 
+@pytest.fixture
+def changed(tmp_path):
+    """changed(script, old, new) -> a copy of the script with one place changed."""
+
+    def change(script, *pairs):
+        text = script.read_text()
+        for old, new in zip(pairs[::2], pairs[1::2], strict=True):
+            assert text.count(old) == 1, f"{old!r} is there {text.count(old)} times"
+            text = text.replace(old, new)
+        copy = tmp_path / "changed" / script.name
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_text(text)
+        return copy
+
+    return change
+
+
 def outcome(folder):
     """result.json and the submission's bytes of the newest run below `folder`."""
     path = max(Path(folder).glob("out/*/*/result.json"), key=lambda found: found.stat().st_mtime)

@@ -56,6 +56,8 @@ def child(script, folder, env, patch):
         runpy.run_path(str(script), run_name="__main__")
     except SystemExit as error:
         code = error.code or 0
+        if isinstance(code, str):
+            sys.stderr.write(f"{code}\n")
     except BaseException:
         sys.excepthook(*sys.exc_info())
         code = 1

@@ -62,7 +62,7 @@ for key, text in [pair for pair in os.environ.items() if pair[0].startswith("HW_
     try:
         globals()[name] = YES[("true", "false").index(text.lower())] if kind is bool else kind(text)
     except ValueError:
-        raise Stop(f"{key} is {text!r}, but must be a {kind.__name__} like {globals()[name]!r}.") from None
+        raise Stop(f"{key} is {text!r}, but must be of type {kind.__name__}, not this text.") from None
 for name, allowed in CHOICES.items():
     if globals()[name] not in allowed:
         raise Stop(f"{name} is {globals()[name]!r}, but must be one of {allowed}.")
@@ -112,6 +112,7 @@ print(
 from concurrent.futures import ThreadPoolExecutor
 
 import requests
+from filelock import FileLock  # of runs side by side, one makes the data and the others wait
 
 
 def find(*roots):
@@ -131,20 +132,21 @@ def find(*roots):
 
 def unpack(root):
     """Unpack the archives below `root` into DATA_DIR, each at one stroke; was there a new one?"""
-    new = False
-    for archive in sorted(path for end in ("zip", "tgz", "tar.gz") for path in Path(root).rglob(f"*.{end}")):
+    new, ends = False, ("zip", "tgz", "tar.gz")
+    for archive in sorted(path for end in ends for path in Path(root).rglob(f"*.{end}")):
         target, is_zip = Path(DATA_DIR, f"{archive.name}-unpacked"), archive.suffix == ".zip"
-        if target.exists():
-            continue
-        try:
-            with aside(target) as part, (zipfile.ZipFile if is_zip else tarfile.open)(archive) as pack:
-                if is_zip and any(name[0] in "/\\" or ".." in name for name in pack.namelist()):
-                    raise OSError("it would write outside its folder")
-                pack.extractall(part, **({} if is_zip else {"filter": "data"}))
-                new = True
-        except Exception as error:
-            size = archive.stat().st_size
-            raise OSError(f"{archive} ({size} bytes) is damaged, fetch it again: {error}") from None
+        with FileLock(f"{DATA_DIR}.lock"):
+            if target.exists():
+                continue
+            try:
+                with aside(target) as part, (zipfile.ZipFile if is_zip else tarfile.open)(archive) as pack:
+                    if is_zip and any(name[0] in "/\\" or ".." in name for name in pack.namelist()):
+                        raise OSError("it would write outside its folder")
+                    pack.extractall(part, **({} if is_zip else {"filter": "data"}))
+                    new = True
+            except Exception as error:
+                size = archive.stat().st_size
+                raise OSError(f"{archive} ({size} bytes) is damaged, fetch it again: {error}") from None
     return new
 
 
@@ -162,7 +164,7 @@ def ask(url):
 def fetch(files):
     """{name: address, or addresses of its pieces} -> DATA_DIR; a broken download leaves nothing."""
     for name, addresses in files.items():
-        with aside(Path(DATA_DIR, name)) as part:
+        with FileLock(f"{DATA_DIR}.lock"), aside(Path(DATA_DIR, name)) as part:
             with part.open("wb") as file:
                 for url in addresses.split():
                     print(f"fetching {url}")
@@ -206,10 +208,11 @@ def choose_data():
     if DATA == "auto":
         print(f"NO REAL DATA WAS FOUND, this run uses the generated SAMPLE. {why}")
     folder, recipe = Path(f"{DATA_DIR}-sample", PROFILE), hashlib.md5(inspect.getsource(make_sample).encode())
-    if not (folder / recipe.hexdigest()).exists():  # never made, or by another make_sample
-        with aside(folder) as part:
-            [(part / name).mkdir(parents=True) for name in ("data", "answers", recipe.hexdigest())]
-            make_sample(part / "data", part / "answers")
+    with FileLock(f"{folder}.lock"):
+        if not (folder / recipe.hexdigest()).exists():  # never made, or by another make_sample
+            with aside(folder) as part:
+                [(part / name).mkdir(parents=True) for name in ("data", "answers", recipe.hexdigest())]
+                make_sample(part / "data", part / "answers")
     return [False, find(folder / "data"), folder / "answers"]
 
 

@@ -10,7 +10,7 @@ import jupytext
 import nbformat
 import tables
 from jupytext.config import load_jupytext_config
-from notebooks import METADATA, ROOT, common_cells, fill, read_script, scripts, tag_of
+from notebooks import LEVELS, METADATA, ROOT, common_cells, fill, read_script, scripts, tag_of
 
 CHECK = "--check" in sys.argv
 
@@ -33,7 +33,7 @@ def script_text(path):
     header.source = fill(header.source, "badges", tables.badges(hw))
     cells = {2: lambda level: tables.score(hw, level), 3: lambda level: tables.baseline(hw, level)}
     cells[4] = lambda level: tables.seconds(hw, level)
-    ladder = tables.refill(block(header.source, "ladder"), cells)
+    ladder = tables.refill(block(header.source, "ladder"), LEVELS, cells)
     header.source = fill(header.source, "ladder", ladder)
     return jupytext.writes(notebook, fmt="py:percent", config=load_jupytext_config(str(path)))
 
@@ -57,11 +57,12 @@ def notebook_text(path, script):
 def deck_text(path):
     text, hw = path.read_text(encoding="utf-8"), path.stem
     columns = {2: lambda level: tables.score(hw, level), 3: lambda level: tables.baseline(hw, level)}
-    return fill(text, "ladder", tables.refill(block(text, "ladder"), columns))
+    return fill(text, "ladder", tables.refill(block(text, "ladder"), LEVELS, columns))
 
 
 def readme_text(path):
     text = fill(path.read_text(encoding="utf-8"), "ladder", tables.readme_ladder())
+    text = fill(text, "homeworks", tables.readme_homeworks(block(text, "homeworks")))
     return fill(text, "bench", tables.readme_bench())
 
 

@@ -24,12 +24,12 @@ def seconds(hw, level):
     return f"{sum(times) / len(times):.0f}" if times else ""
 
 
-def refill(table, cells):
-    """A table whose rows begin with a level: column k of each row becomes cells[k](level), the rest stays."""
+def refill(table, keys, cells):
+    """A table whose rows begin with a key: column k of its row becomes cells[k](key), the rest stays."""
     lines = []
     for line in table.splitlines():
         fields = [field.strip() for field in line.strip("|").split("|")]
-        if fields[0] in LEVELS:
+        if fields[0] in keys:
             for column, value in cells.items():
                 fields[column] = value(fields[0])
             line = f"| {' | '.join(fields)} |"
@@ -49,6 +49,17 @@ def badges(hw):
         f"[![Kaggle]({kaggle}/static/images/open-in-kaggle.svg)]"
         f"({kaggle}/kernels/welcome?src=https://github.com/{at})\n"
     )
+
+
+def readme_homeworks(table):
+    """The last three columns of the homeworks' table: sample ladder, notebook, slides."""
+    built = [path.stem for path in scripts([])]
+    cells = {
+        6: lambda hw: " / ".join(score(hw, level).split(" ")[0] for level in LEVELS) if hw in built else "",
+        7: lambda hw: f"[notebook]({hw}/{hw}.ipynb)" if hw in built else "not built yet",
+        8: lambda hw: f"[slides](slides/{hw}.md)" if hw in built else "",
+    }
+    return refill(table, [f"HW{number:02d}" for number in range(1, 16)], cells)
 
 
 def readme_ladder():
