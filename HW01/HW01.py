@@ -24,10 +24,10 @@
 # <!-- ladder -->
 # | level | what it adds | sample | course baseline (real data) | seconds |
 # |---|---|---|---|---|
-# | simple | the official recipe: all 117 raw columns, SGD |  | 2.28371 |  |
-# | medium | four chosen columns, brought to one scale |  | 1.4943 |  |
-# | strong | 24 columns chosen by a test, the *change* as target, AdamW |  | 1.05728 |  |
-# | boss | weight decay by honest validation, more windows, 24 nets + ridge regression |  | 0.86161 |  |
+# | simple | the official recipe: all 117 raw columns, SGD | 1.475 ± 0.2 | 2.28371 | 16 |
+# | medium | four chosen columns, brought to one scale | 0.5985 ± 0.082 | 1.4943 | 7 |
+# | strong | 24 columns chosen by a test, the *change* as target, AdamW | 0.1949 ± 0.027 | 1.05728 | 6 |
+# | boss | weight decay by honest validation, more windows, 24 nets + ridge regression | 0.1282 ± 4.6e-05 | 0.86161 | 13 |
 # <!-- /ladder -->
 #
 # **How to use it.** Run all cells: without the real data everything runs on a generated sample. To change
@@ -52,10 +52,7 @@ USE_TEST_WINDOWS = True  # @param {type:"boolean"}
 HW, METRIC, HIGHER_IS_BETTER = "HW01", "mse", False
 SLUG, JUDGE = "ml2022spring-hw1", "https://www.kaggle.com/competitions/ml2022spring-hw1"
 BASELINES = {"simple": 2.28371, "medium": 1.49430, "strong": 1.05728, "boss": 0.86161}
-FILES = {
-    "train": ("covid*train*.csv", 1),
-    "test": ("covid*test*.csv", 1),
-}  # pattern, count in the course's data
+FILES = {"train": ("covid*train*.csv", 1), "test": ("covid*test*.csv", 1)}  # how many the course has
 DRIVE = "https://drive.usercontent.google.com/download?export=download&id="
 TRAIN, TEST = "1kLSW_-cW2Huj7bh84YTdimGBOJaODiOS", "1iiI5qROrAhZn-o4FPqsE97bMzDEFvIdg"
 COPY = "https://github.com/FortisCK/ML2022-Spring/raw/HEAD/HW01/"
@@ -72,6 +69,12 @@ HASHES = {  # md5 of the course's files: train and test with LF, train and test 
 OWN = ["EPOCHS", "BATCH_SIZE", "USE_TEST_WINDOWS"]  # the parameters that only this homework has
 NEEDS = {"accelerate": "accelerate", "kagglehub": "kagglehub", "sklearn": "scikit-learn"}
 MIXED_PRECISION = False  # tiny nets, sums of squares: float32 everywhere
+DAY = ["cli", "ili", "hh_cmnty_cli", "nohh_cmnty_cli"]  # COVID-like illness, in the family and around
+DAY += ["wearing_mask", "travel_outside_state", "work_outside_home", "shop", "restaurant", "spent_time"]
+DAY += ["large_event", "public_transit", "anxious", "depressed", "worried_finances", "tested_positive"]
+STATES = "AL AK AZ AR CA CO CT FL GA ID IL IN IA KS KY LA MD MA MI "
+STATES += "MN MS MO NE NV NJ NM NY NC OH OK OR RI SC TX UT VA WA"
+COLUMNS = ["id", *STATES.split(), *DAY * 5]
 
 # %% cellView="form" jupyter={"source_hidden": true} tags=["common:setup"]
 # @title Setup: packages, parameters, device
@@ -203,14 +206,6 @@ print(
 
 # %% cellView="form" jupyter={"source_hidden": true} tags=["sample"]
 # @title The sample: a survey of 37 states in miniature
-DAY = ["cli", "ili", "hh_cmnty_cli", "nohh_cmnty_cli"]  # COVID-like illness, in the family and around
-DAY += ["wearing_mask", "travel_outside_state", "work_outside_home", "shop", "restaurant", "spent_time"]
-DAY += ["large_event", "public_transit", "anxious", "depressed", "worried_finances", "tested_positive"]
-STATES = "AL AK AZ AR CA CO CT FL GA ID IL IN IA KS KY LA MD MA MI "
-STATES += "MN MS MO NE NV NJ NM NY NC OH OK OR RI SC TX UT VA WA"
-COLUMNS = ["id", *STATES.split(), *DAY * 5]
-
-
 def make_sample(folder, answers):
     """Five-day windows of an epidemic that grows: the test rows come later and show twice the infections."""
     dice = np.random.default_rng(2022)
@@ -367,6 +362,7 @@ def choose_data():
 
 REAL, PATHS, ANSWERS = broadcast_object_list(choose_data() if MAIN else [None] * 3)
 OUT = Path(OUT_DIR, f"{LEVEL}-{'real' if REAL else 'sample'}")
+SIZES = [sum(path.stat().st_size for path in hits) for hits in PATHS.values()]
 counts = ", ".join(f"{len(hits)} {name} (course: {FILES[name][1]})" for name, hits in PATHS.items())
 print(f"data: {'real' if REAL else 'SAMPLE'}; files: {counts or 'none needed'};", end=" ")
 print(f"known by their hash: {sum(known(hits[0]) for hits in PATHS.values() if HASHES)}")
@@ -652,13 +648,13 @@ def bare(part):
 def made_with(parts):
     """All that a checkpoint must agree with: level, own parameters, settings, data, nets."""
     mine = [globals()[name] for name in ("LEVEL", "PROFILE", "SEED", *OWN)]
-    data = [sum(path.stat().st_size for path in hits) for hits in PATHS.values()]
     nets = [str(bare(part)) for part in parts.values() if isinstance(part, torch.nn.Module)]
-    return json.dumps([mine, settings, data, nets], default=str)
+    return json.dumps([mine, settings, SIZES, nets], default=str)
 
 
 def save_checkpoint(stage, done, **parts):
     """All that `stage` needs to go on after `done` epochs; a part is a dict or has a state_dict."""
+    parts |= {"scaler": accelerator.scaler} if accelerator.scaler else {}
     dice = gather_object([[torch.get_rng_state(), torch.cuda.get_rng_state_all() if on_gpu else []]])
     states = {name: p if isinstance(p, dict) else bare(p).state_dict() for name, p in parts.items()}
     if MAIN:
@@ -683,6 +679,7 @@ def load_checkpoint(stage, **parts):
         print(f"{path} is set aside and training starts anew: {problem}")
         MAIN and path.replace(path.with_suffix(".set-aside"))
         return 0
+    parts |= {"scaler": accelerator.scaler} if accelerator.scaler else {}
     for name, part in parts.items():
         load = part.update if isinstance(part, dict) else bare(part).load_state_dict
         load(send_to_device(states[name], device) if isinstance(part, dict) else states[name])
@@ -989,7 +986,7 @@ if MAIN:
     if not REAL:
         print("It answers generated questions, nothing is sent. Real data makes the file for the judge.")
     elif not SUBMIT or not SLUG:
-        print(f"to send it: {' '.join(command) if SLUG else ''}\nor upload it at {JUDGE}")
+        print(f"to send it: {' '.join(command)}\nor" * bool(SLUG), f"upload it at {JUDGE}")
     elif subprocess.call(command):
         raise Stop(f"Kaggle did not take {submission}; the file is complete, upload it at {JUDGE}")
 

@@ -218,6 +218,7 @@ def choose_data():
 
 REAL, PATHS, ANSWERS = broadcast_object_list(choose_data() if MAIN else [None] * 3)
 OUT = Path(OUT_DIR, f"{LEVEL}-{'real' if REAL else 'sample'}")
+SIZES = [sum(path.stat().st_size for path in hits) for hits in PATHS.values()]
 counts = ", ".join(f"{len(hits)} {name} (course: {FILES[name][1]})" for name, hits in PATHS.items())
 print(f"data: {'real' if REAL else 'SAMPLE'}; files: {counts or 'none needed'};", end=" ")
 print(f"known by their hash: {sum(known(hits[0]) for hits in PATHS.values() if HASHES)}")
@@ -235,13 +236,13 @@ def bare(part):
 def made_with(parts):
     """All that a checkpoint must agree with: level, own parameters, settings, data, nets."""
     mine = [globals()[name] for name in ("LEVEL", "PROFILE", "SEED", *OWN)]
-    data = [sum(path.stat().st_size for path in hits) for hits in PATHS.values()]
     nets = [str(bare(part)) for part in parts.values() if isinstance(part, torch.nn.Module)]
-    return json.dumps([mine, settings, data, nets], default=str)
+    return json.dumps([mine, settings, SIZES, nets], default=str)
 
 
 def save_checkpoint(stage, done, **parts):
     """All that `stage` needs to go on after `done` epochs; a part is a dict or has a state_dict."""
+    parts |= {"scaler": accelerator.scaler} if accelerator.scaler else {}
     dice = gather_object([[torch.get_rng_state(), torch.cuda.get_rng_state_all() if on_gpu else []]])
     states = {name: p if isinstance(p, dict) else bare(p).state_dict() for name, p in parts.items()}
     if MAIN:
@@ -266,6 +267,7 @@ def load_checkpoint(stage, **parts):
         print(f"{path} is set aside and training starts anew: {problem}")
         MAIN and path.replace(path.with_suffix(".set-aside"))
         return 0
+    parts |= {"scaler": accelerator.scaler} if accelerator.scaler else {}
     for name, part in parts.items():
         load = part.update if isinstance(part, dict) else bare(part).load_state_dict
         load(send_to_device(states[name], device) if isinstance(part, dict) else states[name])
@@ -291,7 +293,7 @@ if MAIN:
     if not REAL:
         print("It answers generated questions, nothing is sent. Real data makes the file for the judge.")
     elif not SUBMIT or not SLUG:
-        print(f"to send it: {' '.join(command) if SLUG else ''}\nor upload it at {JUDGE}")
+        print(f"to send it: {' '.join(command)}\nor" * bool(SLUG), f"upload it at {JUDGE}")
     elif subprocess.call(command):
         raise Stop(f"Kaggle did not take {submission}; the file is complete, upload it at {JUDGE}")
 
