@@ -51,3 +51,4 @@ if __name__ == "__main__":
     sync.main()
     for script in scripts():
         release(script)
+    sync.main()
