@@ -40,6 +40,9 @@ def main(hw, level):
     out = Path(os.environ.get("HW_OUT_DIR", ROOT / "out" / hw))
     result = max(out.glob(f"{level}-*/result.json"), key=lambda path: path.stat().st_mtime)
     page = result.with_name(f"{hw}.html")
+    for cell in notebook.cells:
+        if cell.metadata.get("jupyter", {}).get("source_hidden"):
+            cell.source = cell.source.splitlines()[0]  # folded: its title
     page.write_text(HTMLExporter().from_notebook_node(notebook)[0], encoding="utf-8")
     score = json.loads(result.read_text())
     print(f"score: {score['metric']} {score['score']}\npage: {page}")

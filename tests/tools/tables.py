@@ -12,11 +12,12 @@ def record(path):
 
 
 def score(hw, level):
-    """The mean over the seeds, and half their range: 0.1234 ± 0.0012; empty before the ladder was run."""
+    """The mean over the seeds, and half their range: 0.123 ± 0.001; empty before the ladder was run."""
     scores = record(LADDER).get(hw, {}).get("levels", {}).get(level, {}).get("scores", [])
     if not scores:
         return ""
-    return f"{sum(scores) / len(scores):.4g} ± {(max(scores) - min(scores)) / 2:.2g}"
+    mean, half = sum(scores) / len(scores), (max(scores) - min(scores)) / 2
+    return f"{mean:.1f} ± {half:.1f}" if abs(mean) >= 10 else f"{mean:.3f} ± {half:.3f}"
 
 
 def seconds(hw, level):
