@@ -27,7 +27,7 @@
 # | simple | the official recipe: all 117 raw columns, SGD | 1.475 ± 0.202 | 2.28371 | 16 |
 # | medium | four chosen columns, brought to one scale | 0.598 ± 0.082 | 1.4943 | 7 |
 # | strong | 24 columns chosen by a test, the *change* as target, AdamW | 0.195 ± 0.027 | 1.05728 | 6 |
-# | boss | weight decay by honest validation, more windows, 24 nets + ridge regression | 0.128 ± 0.000 | 0.86161 | 13 |
+# | boss | weight decay by honest validation, more windows, 24 nets + ridge | 0.128 ± 0.000 | 0.86161 | 13 |
 # <!-- /ladder -->
 #
 # **How to use it.** Run all cells: without the real data everything runs on a generated sample. To change
@@ -510,9 +510,8 @@ print(*(f"{name}: {value}" for name, value in settings.items()), sep=", ")
 from sklearn.feature_selection import f_regression
 
 SURVEY = DAY[:15]
-ALL79 = [f"{name}, {k} back" for k in range(5) for name in SURVEY] + [
-    f"positive, {k} back" for k in range(1, 5)
-]
+BACK = ["today", "1 back", "2 back", "3 back", "4 back"]
+ALL79 = [f"{name}, {back}" for back in BACK for name in SURVEY] + [f"positive, {back}" for back in BACK[1:]]
 
 
 def all79(days, day):
@@ -602,10 +601,11 @@ splits = make_splits()
 # %% [markdown]
 # ## The net
 #
-# A plain multi-layer perceptron, $\hat y = W_2\,\sigma(W_1 x + b_1) + b_2$, with one twist: a net this
-# small leaves even one processor core bored. So we stack the weights of many nets, `(nets, in, out)`, and
-# one batched matrix product moves all of them. They share nothing but the clock. The boss adds a straight
-# line from input to output: the net only has to learn what a linear model cannot say.
+# A plain multi-layer perceptron, $\hat y = W_2\,\sigma(W_1 x + b_1) + b_2$; one alone would be
+# `nn.Sequential(nn.Linear(...), nn.ReLU(), ..., nn.Linear(..., 1))`. But a net this small leaves even one
+# processor core bored, and we want many of them. So the weights of all nets are stacked, `(nets, in, out)`,
+# and one batched matrix product moves them together. They share nothing but the clock. The boss adds a
+# straight line from input to output: the net only has to learn what a linear model cannot say.
 
 # %%
 from itertools import pairwise
@@ -875,6 +875,12 @@ if LEVEL == "boss":
     print(f"weight decay {best_decay}, chosen by the day-4 check")
 
 
+# %% [markdown]
+# Now the two models and their mean are compared on all splits, each time on windows that they have not
+# learned from. For the prediction the nets then learn from everything; the windows of test rows that a
+# bootstrap happened to leave out are that net's own honest check.
+
+
 # %%
 def ridge(learn, wanted):
     """A linear model of the windows `learn`; its penalty is chosen by leave-one-out validation."""
@@ -901,6 +907,9 @@ if LEVEL == "boss":
     members = predict(model, x_test)[alive.cpu().numpy()]
     print(f"{alive.sum()} of {len(alive)} nets are used")
 
+# %% [markdown]
+# The prediction, and the three validations side by side. The last column is the one to trust.
+
 # %%
 prediction = members.mean(0)
 if LEVEL == "boss":
@@ -923,10 +932,10 @@ summary |= dict(parameters=sum(weight.numel() for weight in model.parameters()))
 stages = list(dict.fromkeys(row["stage"] for row in history))
 fig, axes = plt.subplots(1, len(stages), figsize=(4 * len(stages), 2.6), squeeze=False)
 for axis, stage in zip(axes[0], stages):
-    rows_ = [row for row in history if row["stage"] == stage]
+    lines = [row for row in history if row["stage"] == stage]
     for key in ("loss", "valid"):
-        axis.plot([row["epoch"] for row in rows_], [row[key] for row in rows_], ".-", label=key)
-    axis.set(xlabel="epoch", title=f"{stage}: median over the nets", yscale="log")
+        axis.plot([row["epoch"] for row in lines], [row[key] for row in lines], ".-", label=key)
+    axis.set(xlabel="epoch", title=f"{stage}: median over the nets", ylim=(0, None))
     axis.legend()
 axes[0, 0].set_ylabel("mean squared error")
 show("curves.png")
@@ -1043,8 +1052,8 @@ show("features.png")
 
 # %% [markdown] tags=["report"]
 # **3. How much weight decay?** Too little and the nets learn noise, too much and they learn nothing. The
-# three validations do not agree on where the bottom is: the random split would choose a weaker penalty than
-# the later period asks for.
+# splits need not agree on where the bottom is, so it matters which one is asked: the legend tells what each
+# would choose, the black line what was chosen.
 
 # %%
 if LEVEL == "boss":

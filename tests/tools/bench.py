@@ -38,6 +38,7 @@ if __name__ == "__main__":
         spec = importlib.util.spec_from_file_location(path.stem, path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
+        records = {name: row for name, row in records.items() if name.split("/")[0] != path.stem}
         for name, case in module.cases().items():
             records[name] = measure(*case)
             print(name, records[name])
