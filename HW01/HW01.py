@@ -87,16 +87,14 @@ missing = [package for module, package in NEEDS.items() if importlib.util.find_s
 if missing and subprocess.call([sys.executable, "-m", "pip", "install", "-q", *missing]):
     sys.exit(f"Packages are missing and could not be installed; try by hand: pip install {' '.join(missing)}")
 
-import matplotlib
+if not NOTEBOOK:
+    os.environ.setdefault("MPLBACKEND", "Agg")  # a script draws into files and opens no window
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, send_to_device, set_seed
 from tqdm import tqdm
-
-if not NOTEBOOK:
-    matplotlib.use("Agg")  # a script draws into files and opens no window
-import matplotlib.pyplot as plt
 
 plt.rcParams["figure.constrained_layout.use"] = True
 
@@ -107,14 +105,12 @@ class Stop(Exception):
 
 def explain(kind, error, trace):
     """What a person can mend ends in one sentence, all else in the usual traceback."""
-    text = str(error) if kind is Stop else None
-    if kind is KeyboardInterrupt:
-        text = "Stopped by hand. Run again to go on from the last checkpoint."
-    elif kind is torch.OutOfMemoryError:
+    by_hand = "Stopped by hand. Run again to go on from the last checkpoint."
+    text = {Stop: str(error), KeyboardInterrupt: by_hand}.get(kind)
+    if kind is torch.OutOfMemoryError:
         text = f"Too little memory for batch size {settings.get('batch_size')}: set BATCH_SIZE to half."
     elif isinstance(error, OSError) and error.errno in (1, 13, 17, 20, 27, 28, 30, 122):  # no room, no right
-        place = error.filename or OUT_DIR
-        text = f"{place}: {error.strerror}. Make room or set OUT_DIR; what is complete is kept."
+        text = f"{error.filename}: {error.strerror}. Make room or set OUT_DIR; what is complete is kept."
     if NOTEBOOK:
         shell._showtraceback(kind, error, [text]) if text else shell.showtraceback((kind, error, trace))
     else:
@@ -264,8 +260,8 @@ def find(*roots):
     """{name: sorted paths} of FILES below the roots, however deep a download nested or packed them."""
     found = {}
     for name, (pattern, _) in FILES.items():
-        hits = {path for root in roots for path in Path(root).rglob(pattern)}
-        hits = {path for path in hits if ".part" not in str(path) and "__MACOSX" not in path.parts}
+        hits = {path for root in roots for path in Path(root).rglob(pattern) if "__MACOSX" not in path.parts}
+        hits = {path for path in hits if not any(part.endswith(".part") for part in path.parts)}
         if not hits and any([unpack(root) for root in roots]):
             return find(*roots)
         if not hits:
@@ -301,8 +297,7 @@ def known(path):
 
 
 def ask(url):
-    reply = requests.get(url, stream=True, timeout=10)
-    reply.raise_for_status()
+    (reply := requests.get(url, stream=True, timeout=10)).raise_for_status()
     return reply
 
 
@@ -689,6 +684,7 @@ def load_checkpoint(stage, **parts):
     torch.cuda.set_rng_state_all(gpus) if gpus else None
     print(f"{stage}: going on after {done} epochs from {path} (RESUME = False starts anew)")
     return done
+
 
 # %% [markdown]
 # ## Training

@@ -40,7 +40,10 @@ def write_script(notebook, path):
 
 def common_cells():
     """{tag: cell} from the one canonical copy."""
-    return {tag_of(cell): cell for cell in read_script(COMMON).cells if tag_of(cell)}
+    cells = {tag_of(cell): cell for cell in read_script(COMMON).cells if tag_of(cell)}
+    for cell in cells.values():
+        cell.metadata.pop("lines_to_next_cell", None)  # that is a matter of the neighbour
+    return cells
 
 
 def tag_of(cell):

@@ -28,7 +28,8 @@ def script_text(path):
         if tags.count(tag) != 1:
             raise SystemExit(f"{path.name} must have one cell tagged {tag}, it has {tags.count(tag)}")
         mine = notebook.cells[tags.index(tag)]
-        mine.source, mine.metadata = cell.source, cell.metadata
+        blank = {name: mine.metadata[name] for name in mine.metadata if name == "lines_to_next_cell"}
+        mine.source, mine.metadata = cell.source, cell.metadata | blank
     header = notebook.cells[0]
     header.source = fill(header.source, "badges", tables.badges(hw))
     cells = {2: lambda level: tables.score(hw, level), 3: lambda level: tables.baseline(hw, level)}
@@ -46,6 +47,7 @@ def notebook_text(path, script):
     for number, cell in enumerate(notebook.cells):
         before = kept.get((cell.cell_type, cell.source), {})
         cell.id = f"{path.stem.lower()}-{number:02d}"
+        cell.metadata.pop("lines_to_next_cell", None)
         if cell.cell_type == "code" and before:
             cell.outputs, cell.execution_count = before.outputs, before.execution_count
     notebook.metadata = METADATA | {
