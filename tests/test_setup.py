@@ -44,5 +44,5 @@ def test_out_of_memory_names_the_batch_size(run, script, hw):
     spoil = "import torch\nreal, n = torch.Tensor.square, 0\ndef square(x):\n"
     spoil += "    raise torch.OutOfMemoryError('CUDA out of memory')\ntorch.Tensor.square = square"
     ended = run(script, patch=spoil).wait()
-    assert ended.code == 1 and "batch size 64" in ended.text and "BATCH_SIZE" in ended.text
+    assert ended.code == 1 and "batch size 128" in ended.text and "BATCH_SIZE" in ended.text
     assert "Traceback" not in ended.text
