@@ -1,14 +1,15 @@
 """make run HW=03 LEVEL=strong: execute a notebook on its sample data, live, and leave a page to read."""
 
+import importlib
 import json
 import os
 import sys
+import threading
 from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
-from nbconvert import HTMLExporter
 from notebooks import ROOT
 
 
@@ -33,10 +34,15 @@ def main(hw, level):
     os.environ.setdefault("HW_DATA", "sample")
     os.environ["HW_LEVEL"] = level
     notebook = nbformat.read(ROOT / hw / f"{hw}.ipynb", as_version=4)
+    threading.Thread(target=importlib.import_module, args=("nbconvert",)).start()  # while the kernel works
     try:
         execute(notebook, ROOT)
+    except KeyboardInterrupt:
+        sys.exit("Stopped by hand. Run again to go on from the last checkpoint.")
     except CellExecutionError as error:
         sys.exit(f"{error.evalue if error.ename == 'Stop' else error.traceback}")
+    from nbconvert import HTMLExporter
+
     out = Path(os.environ.get("HW_OUT_DIR", ROOT / "out" / hw))
     result = max(out.glob(f"{level}-*/result.json"), key=lambda path: path.stat().st_mtime)
     page = result.with_name(f"{hw}.html")
