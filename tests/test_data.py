@@ -4,6 +4,7 @@ import hashlib
 import io
 import re
 import shutil
+import sys
 import tarfile
 import threading
 import time
@@ -188,9 +189,10 @@ def test_mirrors_in_order_with_hashes(run, script, hw, real, changed, server, tm
 
 def test_auto_without_network_is_on_the_sample_soon(run, script, hw, tmp_path):
     """Addresses that never answer stand for a network that swallows everything."""
-    tic = time.monotonic()
     slow = "import requests, time\nrequests.get = lambda *a, **k: time.sleep(60)"
     one = run(script, patch=slow, HW_DATA="auto", HW_LEVEL="medium")
+    assert one.until(lambda: "at level" in one.text), one.text  # packages are imported, the search begins
+    tic = time.monotonic()
     assert one.until(lambda: "data: SAMPLE" in one.text, seconds=60), one.text
     assert time.monotonic() - tic < 20
     assert "NO REAL DATA WAS FOUND, this run uses the generated SAMPLE" in one.text
@@ -210,6 +212,7 @@ def test_real_without_network_says_what_was_tried(run, script, hw, tmp_path):
 KAGGLE = "/api/v1/competitions.CompetitionApiService/DownloadDataFiles"
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Kaggle's current client needs Python 3.11")
 @pytest.mark.parametrize("answer", ["data", "refused"])
 def test_kaggle(run, script, hw, real, changed, server, tmp_path, answer):
     """Its own client against a small server on the port that its test environment uses."""
