@@ -10,8 +10,8 @@ ONE = $(if $(HW),$(HW),$(error say which homework: make $@ HW=01))
 .venv/ready: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed" if sys.version_info < (3, 10) else 0)'
 	test -x $(PY) || $(PYTHON) -m venv .venv
-	$(PY) -m pip install --quiet uv && $(PY) -m uv pip install --quiet --requirement requirements.txt || \
-		$(PY) -m pip install --quiet --requirement requirements.txt  # uv takes 20 s where pip takes 145
+	$(PY) -m pip install --quiet uv && $(PY) -m uv pip install --quiet --compile-bytecode --requirement requirements.txt || \
+		$(PY) -m pip install --quiet --requirement requirements.txt  # uv: 20 s, pip: 145 s
 	touch $@
 
 run: .venv/ready          ## one homework on its sample data, with a result page: make run HW=03 LEVEL=strong
