@@ -906,9 +906,9 @@ if LEVEL == "boss":
     print(f"{alive.sum()} of {len(alive)} nets are used")
 
 # %% [markdown]
-# The prediction, and the three validations side by side. The last column is the closest to the task. At boss
-# it also chose the weight decay, one of six, so there it is a little too good. Compare the last three rows: how
-# much of the score do the nets add to a ridge regression on the same columns and windows?
+# The prediction, and the three validations side by side. The last column is the closest to the task. At
+# boss it also chose the weight decay, one of six, so there it is a little too good. Compare the last three
+# rows: how much of the score do the nets add to a ridge regression on the same columns and windows?
 
 # %%
 prediction = members.mean(0)
