@@ -19,7 +19,8 @@ HOMEWORKS = [path.stem for path in scripts([])]
 def pytest_generate_tests(metafunc):
     if "hw" in metafunc.fixturenames:
         common = metafunc.definition.get_closest_marker("common")
-        metafunc.parametrize("hw", HOMEWORKS[:1] if common else HOMEWORKS, scope="session")
+        own = [hw for hw in HOMEWORKS if metafunc.module.__name__ == f"test_{hw.lower()}"]
+        metafunc.parametrize("hw", own or (HOMEWORKS[:1] if common else HOMEWORKS), scope="session")
 
 
 def pytest_collection_modifyitems(items):
