@@ -261,7 +261,7 @@ def find(*roots):
     found = {}
     for name, (pattern, _) in FILES.items():
         hits = {path for root in roots for path in Path(root).rglob(pattern) if "__MACOSX" not in path.parts}
-        hits = {path for path in hits if not any(part.endswith(".part") for part in path.parts)}
+        hits = {path for path in hits if path.is_file() and not any(p.endswith(".part") for p in path.parts)}
         if not hits and any([unpack(root) for root in roots]):
             return find(*roots)
         if not hits:
@@ -994,7 +994,7 @@ if MAIN:
     print(f"{submission} is valid, {METRIC}: {'only the judge knows' if score is None else round(score, 5)}")
     command = ["kaggle", "competitions", "submit", SLUG, "-f", str(submission), "-m", f"{HW} {LEVEL}"]
     if not REAL:
-        print("It answers generated questions, nothing is sent. Real data makes the file for the judge.")
+        print("It belongs to a sample run, nothing is sent: DATA = 'real' makes the file for the judge.")
     elif not SUBMIT or not SLUG:
         print(f"to send it: {' '.join(command)}\nor" * bool(SLUG), f"upload it at {JUDGE}")
     elif subprocess.call(command):

@@ -18,8 +18,12 @@ PACKAGES = [
     "accelerate",
     "matplotlib.pyplot",
     "pandas",
+    "sklearn.cluster",
+    "sklearn.datasets",
     "sklearn.linear_model",
     "requests",
+    "torchvision.transforms.v2",
+    "gymnasium.envs.box2d.lunar_lander",
 ]
 os.environ["OMP_NUM_THREADS"] = (
     "1"  # two test workers on two cores: more threads would only wait for each other

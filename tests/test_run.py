@@ -45,7 +45,8 @@ def test_two_processes_make_one_submission(script, hw, straight, tmp_path):
     assert not (tmp_path / "offline.log").exists(), (tmp_path / "offline.log").read_text()
     assert done.stdout.count("is valid") == 1, "only the main process speaks"
     result, submission = outcome(tmp_path)
-    assert len(submission.splitlines()) == len(straight[1].splitlines())
+    if b"\0" not in submission:  # a text has a line an item
+        assert len(submission.splitlines()) == len(straight[1].splitlines())
     assert result["score"] is not None
     assert not list(tmp_path.glob("out/**/*.part"))
 
