@@ -816,9 +816,9 @@ def train_members(stage, jobs):
 def predict(model, x):
     """(windows, features) -> guesses of every net (members, windows)."""
     model.eval()
-    with accelerator.split_between_processes(list(range(len(x))), apply_padding=True) as mine:
-        nets = len(bare(model).weights[0])
-        guess = [model(part.expand(nets, -1, -1)).T for part in x[mine].split(512)]  # in parts: less memory
+    nets, parts, rank = len(bare(model).weights[0]), accelerator.num_processes, accelerator.process_index
+    mine = torch.arange(-(-len(x) // parts) * parts, device=device).view(parts, -1)[rank] % len(x)
+    guess = [model(part.expand(nets, -1, -1)).T for part in x[mine].split(512)]  # in parts: less memory
     return accelerator.gather(torch.cat(guess).contiguous())[: len(x)].T.cpu().numpy()
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import TESTS
 from notebooks import pick
 
@@ -44,6 +45,33 @@ def test_chains_link_rows_that_share_a_day_of_one_state(parts):
     rows = np.stack([series[0:5], series[4:9], DAYS[0], series[2:7]])
     assert list(parts.find_chains(rows, np.array([3, 3, 3, 3]))) == [0, 0, 1, 0]
     assert list(parts.find_chains(rows, np.array([3, 5, 3, 5]))) == [0, 1, 2, 1]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 8])
+def test_every_process_count_gives_the_rows_in_order(processes):
+    """Seven rows on three processes do not come out even; the gathered guesses must."""
+    rows, shares = torch.arange(7.0)[:, None], []
+
+    class Row(torch.nn.Module):
+        weights = [torch.zeros(2, 1, 1)]  # two nets
+
+        def forward(self, x):
+            return x[..., 0]
+
+    class Processes:
+        num_processes, process_index = processes, 0
+
+        def gather(self, guess):
+            shares.append(guess)
+            return torch.cat(shares)
+
+    one = Processes()
+    predict = pick(
+        SCRIPT, "predict", torch=torch, device="cpu", bare=lambda net: net, accelerator=one
+    ).predict
+    for one.process_index in range(processes):
+        guess = predict(Row(), rows)
+    assert guess.tolist() == [list(range(7))] * 2
 
 
 def test_ids_are_no_feature_of_the_boss(run, straight, changed, tmp_path):
