@@ -49,7 +49,7 @@ def test_everything_is_in_step():
 
 @pytest.fixture
 def copy(tmp_path):
-    for name in ("HW01", "slides", "tests/tools"):
+    for name in (*HOMEWORKS, "slides", "tests/tools"):
         skip = shutil.ignore_patterns("node_modules", "build", "__pycache__")
         shutil.copytree(ROOT / name, tmp_path / name, ignore=skip)
     for name in ("README.md", "pyproject.toml", "tests/ladder.json", "tests/bench.json"):
