@@ -28,7 +28,7 @@
 # | simple | the official sample's net, with a mask and whole utterances | 0.178 ± 0.042 | 0.60824 | 30 |
 # | medium | a deeper Transformer with positions, longer segments | 0.279 ± 0.037 | 0.70375 | 58 |
 # | strong | Conformer: convolution inside every block | 0.441 ± 0.022 | 0.7775 | 89 |
-# | boss | mean normalisation, attentive pooling, additive margin softmax | 0.915 ± 0.013 | 0.865 | 113 |
+# | boss | mean normalisation, attentive pooling, additive margin softmax | 0.915 ± 0.013 | 0.865 | 134 |
 # <!-- /ladder -->
 #
 # **How to use it.** Run all cells: without the real data everything runs on a generated sample. To change
