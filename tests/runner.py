@@ -7,6 +7,7 @@ good as `python HW01.py`, and can be killed like it.
 import multiprocessing
 import os
 import runpy
+import signal
 import sys
 import time
 from pathlib import Path
@@ -51,6 +52,7 @@ def child(script, folder, env, patch):
     os.dup2(out, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     sys.argv = [str(script)]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background would ignore it
     import sitecustomize
 
     sys.addaudithook(sitecustomize.guard)
