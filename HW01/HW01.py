@@ -87,8 +87,7 @@ missing = [package for module, package in NEEDS.items() if importlib.util.find_s
 if missing and subprocess.call([sys.executable, "-m", "pip", "install", "-q", *missing]):
     sys.exit(f"Packages are missing and could not be installed; try by hand: pip install {' '.join(missing)}")
 
-if not NOTEBOOK:
-    os.environ.setdefault("MPLBACKEND", "Agg")  # a script draws into files and opens no window
+NOTEBOOK or os.environ.setdefault("MPLBACKEND", "Agg")  # a script draws into files and opens no window
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -173,12 +172,9 @@ def show(name):
 
 
 machine = torch.cuda.get_device_name() if on_gpu else f"{device}, {os.cpu_count()} cores"
-print(
-    f"{HW} at level {LEVEL}, profile {PROFILE}, seed {SEED}; Python {sys.version.split()[0]}, torch", end=" "
-)
-print(
-    f"{torch.__version__} on {accelerator.num_processes} x {machine}, precision {accelerator.mixed_precision}"
-)
+software = f"Python {sys.version.split()[0]}, torch {torch.__version__}"
+hardware = f"{accelerator.num_processes} x {machine}, precision {accelerator.mixed_precision}"
+print(f"{HW} at level {LEVEL}, profile {PROFILE}, seed {SEED}; {software} on {hardware}")
 
 
 # %% [markdown]
@@ -360,8 +356,8 @@ REAL, PATHS, ANSWERS = broadcast_object_list(choose_data() if MAIN else [None] *
 OUT = Path(OUT_DIR, f"{LEVEL}-{'real' if REAL else 'sample'}")
 SIZES = [sum(path.stat().st_size for path in hits) for hits in PATHS.values()]
 counts = ", ".join(f"{len(hits)} {name} (course: {FILES[name][1]})" for name, hits in PATHS.items())
-print(f"data: {'real' if REAL else 'SAMPLE'}; files: {counts or 'none needed'};", end=" ")
-print(f"known by their hash: {sum(known(hits[0]) for hits in PATHS.values() if HASHES)}")
+same = sum(known(hits[0]) for hits in PATHS.values() if HASHES)
+print(f"data: {'real' if REAL else 'SAMPLE'}; files: {counts or 'none needed'}; known by their hash: {same}")
 
 
 # %% [markdown]
@@ -1000,6 +996,18 @@ if MAIN:
     elif subprocess.call(command):
         raise Stop(f"Kaggle did not take {submission}; the file is complete, upload it at {JUDGE}")
 
+
+def other_levels(here):
+    """{level: its result}, simple first: `here` for this level, and the runs that stand beside this one."""
+    found = {}
+    for level in CHOICES["LEVEL"][::-1]:
+        path = OUT.parent / OUT.name.replace(LEVEL, level) / "result.json"
+        there = json.loads(path.read_text()) if path.exists() else {}
+        if level == LEVEL or there.get("profile") == PROFILE:
+            found[level] = here if level == LEVEL else there
+    return found
+
+
 # %% [markdown] tags=["report"]
 # ## Report
 #
@@ -1013,17 +1021,7 @@ if MAIN:
 
 
 # %%
-def other_levels():
-    """{level: its result} of the runs that stand beside this one."""
-    found = {}
-    for level in ("simple", "medium", "strong", "boss"):
-        path = OUT.parent / OUT.name.replace(LEVEL, level) / "result.json"
-        if path.exists() and level != LEVEL and json.loads(path.read_text())["profile"] == PROFILE:
-            found[level] = json.loads(path.read_text())
-    return found | {LEVEL: {"validation": scores[who], "score": score}}
-
-
-levels = other_levels()
+levels = other_levels({"validation": scores[who], "score": score})
 fig, axis = plt.subplots(figsize=(8, 2.6))
 for name in splits:
     axis.plot(

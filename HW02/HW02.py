@@ -80,8 +80,7 @@ missing = [package for module, package in NEEDS.items() if importlib.util.find_s
 if missing and subprocess.call([sys.executable, "-m", "pip", "install", "-q", *missing]):
     sys.exit(f"Packages are missing and could not be installed; try by hand: pip install {' '.join(missing)}")
 
-if not NOTEBOOK:
-    os.environ.setdefault("MPLBACKEND", "Agg")  # a script draws into files and opens no window
+NOTEBOOK or os.environ.setdefault("MPLBACKEND", "Agg")  # a script draws into files and opens no window
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -166,12 +165,9 @@ def show(name):
 
 
 machine = torch.cuda.get_device_name() if on_gpu else f"{device}, {os.cpu_count()} cores"
-print(
-    f"{HW} at level {LEVEL}, profile {PROFILE}, seed {SEED}; Python {sys.version.split()[0]}, torch", end=" "
-)
-print(
-    f"{torch.__version__} on {accelerator.num_processes} x {machine}, precision {accelerator.mixed_precision}"
-)
+software = f"Python {sys.version.split()[0]}, torch {torch.__version__}"
+hardware = f"{accelerator.num_processes} x {machine}, precision {accelerator.mixed_precision}"
+print(f"{HW} at level {LEVEL}, profile {PROFILE}, seed {SEED}; {software} on {hardware}")
 
 
 # %% [markdown]
@@ -362,8 +358,8 @@ REAL, PATHS, ANSWERS = broadcast_object_list(choose_data() if MAIN else [None] *
 OUT = Path(OUT_DIR, f"{LEVEL}-{'real' if REAL else 'sample'}")
 SIZES = [sum(path.stat().st_size for path in hits) for hits in PATHS.values()]
 counts = ", ".join(f"{len(hits)} {name} (course: {FILES[name][1]})" for name, hits in PATHS.items())
-print(f"data: {'real' if REAL else 'SAMPLE'}; files: {counts or 'none needed'};", end=" ")
-print(f"known by their hash: {sum(known(hits[0]) for hits in PATHS.values() if HASHES)}")
+same = sum(known(hits[0]) for hits in PATHS.values() if HASHES)
+print(f"data: {'real' if REAL else 'SAMPLE'}; files: {counts or 'none needed'}; known by their hash: {same}")
 
 
 # %% [markdown]
@@ -1234,6 +1230,17 @@ if MAIN:
         raise Stop(f"Kaggle did not take {submission}; the file is complete, upload it at {JUDGE}")
 
 
+def other_levels(here):
+    """{level: its result}, simple first: `here` for this level, and the runs that stand beside this one."""
+    found = {}
+    for level in CHOICES["LEVEL"][::-1]:
+        path = OUT.parent / OUT.name.replace(LEVEL, level) / "result.json"
+        there = json.loads(path.read_text()) if path.exists() else {}
+        if level == LEVEL or there.get("profile") == PROFILE:
+            found[level] = here if level == LEVEL else there
+    return found
+
+
 # %% [markdown] tags=["report"]
 # ## Report
 #
@@ -1323,7 +1330,8 @@ if asked:
     axis.plot(sizes, [row["train_off"] for row in rows], "o:", label="perceptron, training")
     for k, (plan, guess) in enumerate(zip(members, guesses)):
         whole = accuracy(guess.argmax(-1))
-        axis.axhline(whole, color=f"C{k + 2}", linewidth=1, label=f"{plan['net']}, whole utterance")
+        name, dash = f"{k + 1} {plan['net']}, whole utterance", ("-", "--", ":")[k % 3]
+        axis.axhline(whole, color=f"C{k + 2}", linestyle=dash, label=name)
     axis.set(xlabel="frames in the window", ylabel="accuracy", xticks=sizes)
     axis.legend(fontsize=8)
     show("context.png")
@@ -1344,27 +1352,17 @@ def to_border(y, who):
     return torch.minimum(place, size[segment] - 1 - place)
 
 
-def other_levels():
-    """{level: its result} of the runs that stand beside this one."""
-    found = {}
-    for level in ("simple", "medium", "strong", "boss"):
-        path = OUT.parent / OUT.name.replace(LEVEL, level) / "result.json"
-        if path.exists() and level != LEVEL and json.loads(path.read_text())["profile"] == PROFILE:
-            found[level] = json.loads(path.read_text())
-    return found | {LEVEL: summary | {"score": score}}
-
-
 right, far = (valid_guess == truth).float(), to_border(truth, owner[frames_of(valid)]).clamp(max=6)
 counts = torch.bincount(far, minlength=7)
 summary["by_distance"] = (torch.bincount(far, right, minlength=7) / counts.clamp(min=1)).tolist()
 fig, axis = plt.subplots(figsize=(8, 2.6))
-for level, one in other_levels().items():
+for level, one in other_levels(summary | {"score": score}).items():
     axis.plot(range(7), one["by_distance"], "o-", label=f"{level}, all frames {one['valid_score']:.3f}")
     hidden = "" if one["score"] is None else f"  hidden answers {one['score']:.4f}"
     print(f"{level:8} valid {one['valid_score']:.4f}{hidden}")
 axis.set(xlabel="frames to the nearest border of the segment", ylabel="accuracy")
 axis.set(xticks=range(7), xticklabels=[*range(6), "6+"])
-axis.legend(fontsize=8)
+axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 show("borders.png")
 
 # %% [markdown] tags=["report"]

@@ -78,8 +78,7 @@ missing = [package for module, package in NEEDS.items() if importlib.util.find_s
 if missing and subprocess.call([sys.executable, "-m", "pip", "install", "-q", *missing]):
     sys.exit(f"Packages are missing and could not be installed; try by hand: pip install {' '.join(missing)}")
 
-if not NOTEBOOK:
-    os.environ.setdefault("MPLBACKEND", "Agg")  # a script draws into files and opens no window
+NOTEBOOK or os.environ.setdefault("MPLBACKEND", "Agg")  # a script draws into files and opens no window
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -164,12 +163,9 @@ def show(name):
 
 
 machine = torch.cuda.get_device_name() if on_gpu else f"{device}, {os.cpu_count()} cores"
-print(
-    f"{HW} at level {LEVEL}, profile {PROFILE}, seed {SEED}; Python {sys.version.split()[0]}, torch", end=" "
-)
-print(
-    f"{torch.__version__} on {accelerator.num_processes} x {machine}, precision {accelerator.mixed_precision}"
-)
+software = f"Python {sys.version.split()[0]}, torch {torch.__version__}"
+hardware = f"{accelerator.num_processes} x {machine}, precision {accelerator.mixed_precision}"
+print(f"{HW} at level {LEVEL}, profile {PROFILE}, seed {SEED}; {software} on {hardware}")
 
 # %% [markdown]
 # ## The data
@@ -397,8 +393,8 @@ REAL, PATHS, ANSWERS = broadcast_object_list(choose_data() if MAIN else [None] *
 OUT = Path(OUT_DIR, f"{LEVEL}-{'real' if REAL else 'sample'}")
 SIZES = [sum(path.stat().st_size for path in hits) for hits in PATHS.values()]
 counts = ", ".join(f"{len(hits)} {name} (course: {FILES[name][1]})" for name, hits in PATHS.items())
-print(f"data: {'real' if REAL else 'SAMPLE'}; files: {counts or 'none needed'};", end=" ")
-print(f"known by their hash: {sum(known(hits[0]) for hits in PATHS.values() if HASHES)}")
+same = sum(known(hits[0]) for hits in PATHS.values() if HASHES)
+print(f"data: {'real' if REAL else 'SAMPLE'}; files: {counts or 'none needed'}; known by their hash: {same}")
 
 # %% [markdown]
 # Reading means checking. What the lists say is compared with each other and with the course's counts; a
@@ -1142,13 +1138,14 @@ def segments(numbers, dice, longer=1.0):
     return gather(begin[numbers] + (torch.rand(len(numbers)) * room).long(), size[numbers].clamp(max=length))
 
 
-def log(stage, epoch, loss, valid, lr, seconds, examples):
+def log(stage, epoch, loss, valid, lr, seconds, examples, loud):
     """A line for the reader, a row for the curves."""
     row = dict(stage=stage, epoch=epoch, loss=loss, **valid, lr=lr)
     history.append(row | dict(seconds=seconds, examples_per_second=examples / seconds))
     scores = "  ".join(f"{name} {value:.3f}" for name, value in valid.items())
     text = f"{stage} {epoch:3d}  loss {loss:.3f}  {scores}"
-    print(f"{text}  lr {lr:.1e}  {seconds:.1f} s  {examples / seconds:,.0f} segments/s")
+    if loud:
+        print(f"{text}  lr {lr:.1e}  {seconds:.1f} s  {examples / seconds:,.0f} segments/s")
 
 
 def check(stage, guard, loss, progress):
@@ -1206,7 +1203,8 @@ def train_net(stage, net, epochs):
             valid = evaluate(ema.module)
             keep_best(best, valid["session"], ema.module)
             seconds, loss = time.perf_counter() - tic, total_loss.item() / (epoch - since)
-            log(stage, epoch, loss, valid, scheduler.get_last_lr()[0], seconds, (epoch - since) * len(learn))
+            speed = scheduler.get_last_lr()[0], seconds, (epoch - since) * len(learn)
+            log(stage, epoch, loss, valid, *speed, loud=stage == "train" or epoch == epochs)
             check(stage, guard, loss, epoch / epochs)
             save_checkpoint(stage, epoch, **state)
             tic, since, total_loss = time.perf_counter(), epoch, torch.zeros_like(total_loss)
@@ -1308,6 +1306,18 @@ if MAIN:
         print(f"to send it: {' '.join(command)}\nor" * bool(SLUG), f"upload it at {JUDGE}")
     elif subprocess.call(command):
         raise Stop(f"Kaggle did not take {submission}; the file is complete, upload it at {JUDGE}")
+
+
+def other_levels(here):
+    """{level: its result}, simple first: `here` for this level, and the runs that stand beside this one."""
+    found = {}
+    for level in CHOICES["LEVEL"][::-1]:
+        path = OUT.parent / OUT.name.replace(LEVEL, level) / "result.json"
+        there = json.loads(path.read_text()) if path.exists() else {}
+        if level == LEVEL or there.get("profile") == PROFILE:
+            found[level] = here if level == LEVEL else there
+    return found
+
 
 # %% [markdown] tags=["report"]
 # ## Report
@@ -1436,18 +1446,7 @@ else:
 
 
 # %%
-def other_levels():
-    """{level: its result} of the runs that stand beside this one."""
-    found = {}
-    for level in ("simple", "medium", "strong", "boss"):
-        path = OUT.parent / OUT.name.replace(LEVEL, level) / "result.json"
-        if path.exists() and level != LEVEL and json.loads(path.read_text())["profile"] == PROFILE:
-            found[level] = json.loads(path.read_text())
-    here = {"validation": valid, "score": score}
-    return {level: found.get(level, here) for level in LEVELS if level in found or level == LEVEL}
-
-
-beside = other_levels()
+beside = other_levels({"validation": valid, "score": score})
 for level, row in beside.items():
     there = "" if row["score"] is None else f"   hidden answers {row['score']:.3f}"
     print(f"{level:8}", *(f"  {name} {value:.3f}" for name, value in row["validation"].items()), there)

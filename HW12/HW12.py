@@ -79,8 +79,7 @@ missing = [package for module, package in NEEDS.items() if importlib.util.find_s
 if missing and subprocess.call([sys.executable, "-m", "pip", "install", "-q", *missing]):
     sys.exit(f"Packages are missing and could not be installed; try by hand: pip install {' '.join(missing)}")
 
-if not NOTEBOOK:
-    os.environ.setdefault("MPLBACKEND", "Agg")  # a script draws into files and opens no window
+NOTEBOOK or os.environ.setdefault("MPLBACKEND", "Agg")  # a script draws into files and opens no window
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -165,12 +164,9 @@ def show(name):
 
 
 machine = torch.cuda.get_device_name() if on_gpu else f"{device}, {os.cpu_count()} cores"
-print(
-    f"{HW} at level {LEVEL}, profile {PROFILE}, seed {SEED}; Python {sys.version.split()[0]}, torch", end=" "
-)
-print(
-    f"{torch.__version__} on {accelerator.num_processes} x {machine}, precision {accelerator.mixed_precision}"
-)
+software = f"Python {sys.version.split()[0]}, torch {torch.__version__}"
+hardware = f"{accelerator.num_processes} x {machine}, precision {accelerator.mixed_precision}"
+print(f"{HW} at level {LEVEL}, profile {PROFILE}, seed {SEED}; {software} on {hardware}")
 
 # %% [markdown]
 # ## The environment
@@ -307,8 +303,8 @@ REAL, PATHS, ANSWERS = broadcast_object_list(choose_data() if MAIN else [None] *
 OUT = Path(OUT_DIR, f"{LEVEL}-{'real' if REAL else 'sample'}")
 SIZES = [sum(path.stat().st_size for path in hits) for hits in PATHS.values()]
 counts = ", ".join(f"{len(hits)} {name} (course: {FILES[name][1]})" for name, hits in PATHS.items())
-print(f"data: {'real' if REAL else 'SAMPLE'}; files: {counts or 'none needed'};", end=" ")
-print(f"known by their hash: {sum(known(hits[0]) for hits in PATHS.values() if HASHES)}")
+same = sum(known(hits[0]) for hits in PATHS.values() if HASHES)
+print(f"data: {'real' if REAL else 'SAMPLE'}; files: {counts or 'none needed'}; known by their hash: {same}")
 
 # %% [markdown]
 # Another version of the physics makes other flights from the same seeds: a list of moves that lands
@@ -1061,6 +1057,18 @@ if MAIN:
     elif subprocess.call(command):
         raise Stop(f"Kaggle did not take {submission}; the file is complete, upload it at {JUDGE}")
 
+
+def other_levels(here):
+    """{level: its result}, simple first: `here` for this level, and the runs that stand beside this one."""
+    found = {}
+    for level in CHOICES["LEVEL"][::-1]:
+        path = OUT.parent / OUT.name.replace(LEVEL, level) / "result.json"
+        there = json.loads(path.read_text()) if path.exists() else {}
+        if level == LEVEL or there.get("profile") == PROFILE:
+            found[level] = here if level == LEVEL else there
+    return found
+
+
 # %% [markdown] tags=["report"]
 # ## Report
 #
@@ -1100,28 +1108,20 @@ elif MAIN:
 
 
 # %%
-def other_levels():
-    """{level: (its result, its history)} of the runs that stand beside this one, and of this one."""
-    found = {}
-    for level in ("simple", "medium", "strong", "boss"):
-        folder = OUT.parent / OUT.name.replace(LEVEL, level)
-        if level == LEVEL:
-            found[level] = summary | {"settings": settings}, pd.DataFrame(history)
-        elif (folder / "result.json").exists() and (folder / "history.csv").exists():
-            result = json.loads((folder / "result.json").read_text())
-            if result["profile"] == PROFILE:
-                found[level] = result, pd.read_csv(folder / "history.csv")
-    return found
-
-
 import pandas as pd
 
-levels = other_levels()
+levels = other_levels(summary | {"settings": settings})
+curves = {level: OUT.parent / OUT.name.replace(LEVEL, level) / "history.csv" for level in levels}
+curves = {level: pd.read_csv(path) for level, path in curves.items() if level != LEVEL}
+curves |= {LEVEL: pd.DataFrame(history)}
 heads = ["", "weight of log pi", "steps", "training", "unseen seeds", "judge: plain", "in the file"]
 rows = []
-for level, (result, curve) in levels.items():
-    row = [level, result["settings"]["weight"], f"{curve['steps'].iloc[-1]:,d}"]
-    row += [f"{curve['seconds'].sum():.0f} s", f"{result['honest_mean']:.1f} ± {result['honest_spread']:.1f}"]
+for level, result in levels.items():
+    row = [level, result["settings"]["weight"], f"{curves[level]['steps'].iloc[-1]:,d}"]
+    row += [
+        f"{curves[level]['seconds'].sum():.0f} s",
+        f"{result['honest_mean']:.1f} ± {result['honest_spread']:.1f}",
+    ]
     rows.append([*row, f"{result['judge_plain']:.1f}", f"{result['judge_file']:.1f}"])
 for row in (heads, *rows):
     print("{:8}{:18}{:>10}{:>10}{:>16}{:>14}{:>13}".format(*row))
@@ -1132,8 +1132,8 @@ for row in (heads, *rows):
 
 # %%
 plt.figure(figsize=(8, 2.8))
-for level, (_, curve) in levels.items():
-    plt.plot(curve["steps"] / 1e6, curve["valid"], "o-", markersize=4, label=level)
+for level in levels:
+    plt.plot(curves[level]["steps"] / 1e6, curves[level]["valid"], "o-", markersize=4, label=level)
 plt.axhline(200, color="black", linewidth=0.8, label="a good landing")
 plt.xlabel("million steps in the environment")
 plt.ylabel("return on validation seeds")
