@@ -1184,6 +1184,24 @@ for name, row in table.items():
 print(f"* keeps old images: {settings['memory']} of each task (small, middle, all others), joint all")
 
 # %% [markdown]
+# And the matrix itself. A row is a moment (after task 1, 2, ...), a column is a task. Below the diagonal
+# stands what was kept, above it what came for free.
+
+# %%
+shown = [name for name in dict.fromkeys([*BOUNDS, "EWC", headline]) if name in matrices]
+fig, axes = plt.subplots(1, len(shown), figsize=(2 * len(shown), 2.4), squeeze=False)
+for axis, name in zip(axes[0], shown):
+    grid = matrices[name][1:].mean(2)
+    axis.imshow(grid, vmin=0, vmax=100)
+    for (row, column), value in np.ndenumerate(grid):
+        color = "white" if value < 60 else "black"
+        axis.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8, color=color)
+    axis.set(title=name + STAR[name], xlabel="task", xticks=range(TASKS), yticks=range(TASKS))
+    axis.set(xticklabels=range(1, TASKS + 1), yticklabels=range(1, TASKS + 1))
+axes[0, 0].set_ylabel("after task")
+show("matrix.png")
+
+# %% [markdown]
 # ## Submission
 #
 # One json file with all curves and matrices, and beside it the headline's final weights. The check looks

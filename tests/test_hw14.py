@@ -374,7 +374,7 @@ def test_what_is_handed_in(straight):
         assert f"| {name}{star} | " in answers and f" {row['ACC']:.1f} | {row['BWT']:.1f} |" in answers
     assert "def measure" in answers and "def per_image" in answers
     figures = {path.stem for path in (out / "figures").iterdir()}
-    assert figures == {"tasks", "acc_summary", "by_task", "strength", "importance", "memory"}
+    assert figures == {"tasks", "matrix", "acc_summary", "by_task", "strength", "importance", "memory"}
     log = (folder / "run.log").read_text()
     for words in ("official way, one net", "ours, all nets at once", "times", "one by one against at once"):
         assert words in log
