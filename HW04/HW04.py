@@ -1310,13 +1310,10 @@ if MAIN:
 
 def other_levels(here):
     """{level: its result}, simple first: `here` for this level, and the runs that stand beside this one."""
-    found = {}
-    for level in CHOICES["LEVEL"][::-1]:
-        path = OUT.parent / OUT.name.replace(LEVEL, level) / "result.json"
-        there = json.loads(path.read_text()) if path.exists() else {}
-        if level == LEVEL or there.get("profile") == PROFILE:
-            found[level] = here if level == LEVEL else there
-    return found
+    paths = {level: OUT.parent / OUT.name.replace(LEVEL, level) / "result.json" for level in CHOICES["LEVEL"]}
+    there = {level: json.loads(path.read_text()) for level, path in paths.items() if path.exists()}
+    found = {level: one for level, one in there.items() if one["profile"] == PROFILE} | {LEVEL: here}
+    return {level: found[level] for level in CHOICES["LEVEL"][::-1] if level in found}
 
 
 # %% [markdown] tags=["report"]
