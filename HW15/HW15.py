@@ -31,13 +31,14 @@
 # <!-- /ladder -->
 #
 # **How to use it.** Run all cells: without the real data everything runs on a generated sample. To change
-# something, edit a parameter below or a cell, then run again with `RESUME` off.
+# something, edit a parameter below or a cell, then run again: only what the change concerns is trained anew.
 
 # %% tags=["parameters"]
 # @title Parameters
 LEVEL = "boss"  # @param ["boss", "strong", "medium", "simple"]
+WITHOUT = ""  # @param {type:"string"}
 DATA = "auto"  # @param ["auto", "real", "sample"]
-PROFILE = "full"  # @param ["full", "tiny"]
+PROFILE = "auto"  # @param ["auto", "full", "small", "tiny"]
 SEED = 2022  # @param {type:"integer"}
 DATA_DIR = "data/HW15"  # @param {type:"string"}
 OUT_DIR = "out/HW15"  # @param {type:"string"}
@@ -65,28 +66,40 @@ MIRRORS = [  # {name here: address} of complete copies
     },
 ]
 HASHES = set()  # the md5 sums of the course's two archives are not known to us
-OWN = ["EPOCHS", "BATCH_SIZE", "BALANCED_QUERIES"]  # the parameters that only this homework has
-NEEDS = {"accelerate": "accelerate", "kagglehub": "kagglehub", "sklearn": "scikit-learn"}
+OWN = {  # name: what it may be
+    "EPOCHS": range(100_001),
+    "BATCH_SIZE": range(100_001),
+    "BALANCED_QUERIES": ("auto", "on", "off"),
+}
+NEEDS = {"numpy": "numpy", "pandas": "pandas", "matplotlib": "matplotlib", "torch": "torch"}
+NEEDS |= {"accelerate": "accelerate", "filelock": "filelock", "tqdm": "tqdm"}
+NEEDS |= {"sklearn": "scikit-learn", "PIL": "Pillow"}
 MIXED_PRECISION = True  # for passes through the body alone; inner steps and their gradients stay float32
+LESS_MEMORY = "set BATCH_SIZE to half of what the settings say"
+MEASURED = {}  # what each idea is worth: there is no table of ideas yet
 WAYS = 5  # a task: five characters, one drawing each to learn from, one each to recognise
 
 # %% cellView="form" jupyter={"source_hidden": true} tags=["common:setup"]
 # @title Setup: packages, parameters, device
-import hashlib, importlib.util, inspect, io, json, os, shutil, subprocess, sys, tarfile, time, zipfile
+import dis, functools, hashlib, importlib.util, inspect, io, json, os, shlex, shutil
+import subprocess, sys, time, types
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 NOTEBOOK, START = "ipykernel" in sys.modules, time.perf_counter()
 missing = [package for module, package in NEEDS.items() if importlib.util.find_spec(module) is None]
-if missing and subprocess.call([sys.executable, "-m", "pip", "install", "-q", *missing]):
-    sys.exit(f"Packages are missing and could not be installed; try by hand: pip install {' '.join(missing)}")
+install = [sys.executable, "-m", "pip", "install", "-q", *missing]
+if missing and ("WORLD_SIZE" in os.environ or subprocess.call(install)):  # of several processes none installs
+    sys.exit(f"{HW}: packages are missing. Install them by hand: pip install {' '.join(missing)}")
+if not NOTEBOOK:
+    os.environ.setdefault("MPLBACKEND", "Agg")  # a script draws into files and opens no window
+    sys.stdout.reconfigure(errors="replace")  # a terminal without Chinese letters shows question marks
 
-NOTEBOOK or os.environ.setdefault("MPLBACKEND", "Agg")  # a script draws into files and opens no window
-import matplotlib.pyplot as plt
-import numpy as np
-import torch
-from accelerate import Accelerator
+import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, gather_object, send_to_device, set_seed
+from accelerate.utils import parse_flag_from_env
 from tqdm import tqdm
 
 plt.rcParams["figure.constrained_layout.use"] = True
@@ -96,18 +109,18 @@ class Stop(Exception):
     """Ends the run with one sentence that says what a person can do."""
 
 
+SENTENCES = {Stop: "{}", KeyboardInterrupt: "Stopped by hand. Run again to go on from the last checkpoint."}
+SENTENCES[torch.OutOfMemoryError] = f"The memory of the GPU is full: {LESS_MEMORY}."
+
+
 def explain(kind, error, trace):
-    """What a person can mend ends in one sentence, all else in the usual traceback."""
-    by_hand = "Stopped by hand. Run again to go on from the last checkpoint."
-    text = {Stop: str(error), KeyboardInterrupt: by_hand}.get(kind)
-    if kind is torch.OutOfMemoryError:
-        text = f"Too little memory for batch size {settings.get('batch_size')}: set BATCH_SIZE to half."
-    elif isinstance(error, OSError) and error.errno in (1, 13, 17, 20, 27, 28, 30, 122):  # no room, no right
-        text = f"{error.filename}: {error.strerror}. Make room or set OUT_DIR; what is complete is kept."
-    if NOTEBOOK:
-        shell._showtraceback(kind, error, [text]) if text else shell.showtraceback((kind, error, trace))
+    """What a person can mend is said in one sentence; all else gets the usual traceback."""
+    if kind not in SENTENCES:
+        sys.__excepthook__(kind, error, trace)
+    elif NOTEBOOK:
+        shell._showtraceback(kind, error, [SENTENCES[kind].format(error)])
     else:
-        sys.stderr.write(f"{HW}: {text}\n") if text else sys.__excepthook__(kind, error, trace)
+        sys.stderr.write(f"{HW}: {SENTENCES[kind].format(error)}\n")
 
 
 sys.excepthook = explain
@@ -115,60 +128,165 @@ if NOTEBOOK:
     from IPython import display, get_ipython
 
     shell = get_ipython()
-    shell.set_custom_exc((Exception, KeyboardInterrupt), lambda shell, *error, tb_offset: explain(*error))
+    shell.set_custom_exc(tuple(SENTENCES), lambda shell, *error, tb_offset: explain(*error))
 
-YES = (True, False)
-CHOICES = {"LEVEL": ("boss", "strong", "medium", "simple"), "DATA": ("auto", "real", "sample")}
-CHOICES |= {"PROFILE": ("full", "tiny"), "SEED": range(2**32), "RESUME": YES, "SUBMIT": YES}
-PARAMETERS = [*CHOICES, "DATA_DIR", "OUT_DIR", *OWN]
-for key, text in [pair for pair in os.environ.items() if pair[0].startswith("HW_")]:
-    name = key.removeprefix("HW_")
+CHOICES = {"LEVEL": ("simple", "medium", "strong", "boss"), "DATA": ("auto", "real", "sample")}
+CHOICES |= {"PROFILE": ("auto", "full", "small", "tiny"), "SEED": range(2**32)}
+CHOICES |= {"RESUME": (True, False), "SUBMIT": (True, False), **OWN}
+PARAMETERS = ["WITHOUT", "DATA_DIR", "OUT_DIR", *CHOICES]
+for key in [key for key in os.environ if key.startswith("HW_")]:
+    name, value = key.removeprefix("HW_"), os.environ[key]
     if name not in PARAMETERS:
         raise Stop(f"{key} is no parameter of {HW}; these are: HW_{', HW_'.join(PARAMETERS)}.")
-    kind = type(globals()[name])
-    try:
-        globals()[name] = YES[("true", "false").index(text.lower())] if kind is bool else kind(text)
-    except ValueError:
-        raise Stop(f"{key} is {text!r}, but must be of type {kind.__name__}, not this text.") from None
+    if not isinstance(globals()[name], str):
+        try:
+            value = json.loads(value.lower())
+        except ValueError:
+            pass  # said below
+    globals()[name] = value
 for name, allowed in CHOICES.items():
-    if globals()[name] not in allowed:
-        raise Stop(f"{name} is {globals()[name]!r}, but must be one of {allowed}.")
+    value = globals()[name]
+    if allowed and (type(value) is not type(allowed[0]) or value not in allowed):
+        span = f"from {allowed[0]} to {allowed[-1]}" if isinstance(allowed, range) else f"one of {allowed}"
+        raise Stop(f"{name} is {value!r}, but must be {span}.")
+OFF = sorted({name.strip() for name in WITHOUT.split(",")} - {""})  # the ideas that are switched off
+DATA_DIR, OUT_DIR = (Path(os.path.expanduser(folder)) for folder in (DATA_DIR, OUT_DIR))
 
-on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU") != "true"
-half = "bf16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-accelerator = Accelerator(mixed_precision=half if on_gpu and MIXED_PRECISION else "no")
-device, MAIN, print = accelerator.device, accelerator.is_main_process, accelerator.print
-QUIET = not MAIN or "TQDM_DISABLE" in os.environ
+only_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
+on_gpu = PartialState(only_cpu, timeout=timedelta(hours=12)).device.type == "cuda"  # first steps may be slow
+precision = "no"
+if on_gpu and MIXED_PRECISION:
+    precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+accelerator = Accelerator(mixed_precision=precision)
+device = accelerator.device
+say = accelerator.print  # prints on the main process only
+MAIN = accelerator.is_main_process
+QUIET = not (MAIN and sys.stderr.isatty())  # progress bars on a terminal only
 set_seed(SEED)
+machine = torch.cuda.get_device_name() if on_gpu else f"{device.type}, {os.cpu_count()} cores"
+say(f"{HW} at level {LEVEL}, seed {SEED}; Python {sys.version.split()[0]}, torch {torch.__version__}")
+say(f"on {accelerator.num_processes} x {machine}, mixed precision: {precision}")
+MARK = ".made-by-this-notebook"  # lies in every folder that a notebook made: such a one it may replace
+
+
+def remove(path):
+    if path.is_dir():
+        shutil.rmtree(path)
+    elif path.exists():
+        path.unlink()
 
 
 @contextmanager
 def aside(path):
     """Write to `path`.part, which gets its name when complete: nothing half-written is ever found."""
     part = Path(f"{path}.part")
-    part.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(part, ignore_errors=True)  # left by a kill
     try:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        remove(part)  # left by a kill
         yield part
-        shutil.rmtree(path, ignore_errors=True)
+        if part.is_file():
+            with part.open("rb+") as file:
+                os.fsync(file.fileno())  # onto the disk before it gets its name
+        elif Path(path, MARK).exists():
+            remove(path)
         part.replace(path)
+    except OSError as error:
+        if error.errno is None or isinstance(error, (ConnectionError, FileNotFoundError)):  # not the disk's
+            raise
+        why = f"{path} cannot be written ({error.strerror}); what was complete before is kept."
+        raise Stop(f"{why} Make room, move what is in the way, or set DATA_DIR and OUT_DIR.") from None
     finally:
-        shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
+        remove(part)
 
 
 def show(name):
     """Keep the current figure in OUT/figures; a notebook shows it too."""
     if MAIN:
         with aside(OUT / "figures" / name) as part:
-            plt.gcf().savefig(part, dpi=120, format=Path(name).suffix[1:])
-        NOTEBOOK and display.display(display.Image(OUT / "figures" / name))
+            plt.savefig(part, dpi=120, format=Path(name).suffix[1:])
+        if NOTEBOOK:
+            display.display(display.Image(OUT / "figures" / name))
     plt.close()
 
 
-machine = torch.cuda.get_device_name() if on_gpu else f"{device}, {os.cpu_count()} cores"
-software = f"Python {sys.version.split()[0]}, torch {torch.__version__}"
-hardware = f"{accelerator.num_processes} x {machine}, precision {accelerator.mixed_precision}"
-print(f"{HW} at level {LEVEL}, profile {PROFILE}, seed {SEED}; {software} on {hardware}")
+def table(rows):
+    """Rows (dicts) as a table: a notebook draws it, a script prints it."""
+    frame, options = pd.DataFrame(rows), {"index": False, "float_format": "{:.4g}".format}
+    if MAIN and NOTEBOOK:
+        display.display(display.HTML(frame.to_html(**options)))
+    else:
+        say(frame.to_string(**options))
+
+
+PLUMBING = "MAIN QUIET NOTEBOOK START OUT OUT_DIR DATA_DIR RESUME history say show table aside bare Stop"
+PLUMBING += " save_checkpoint load_checkpoint"  # what training code may use and does not depend on
+
+
+def reads(code):
+    """The global names and the texts in a piece of code, inner functions included."""
+    steps = [step for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")]
+    names = {step.argval for step in steps}
+    texts = {text for text in code.co_consts if isinstance(text, str)}
+    inner = [reads(const) for const in code.co_consts if isinstance(const, types.CodeType)]
+    return names.union(*(pair[0] for pair in inner)), texts.union(*(pair[1] for pair in inner))
+
+
+def own_code(value, skip):
+    """A function of the notebook as its text and all that it reads, a class as its bases and parts."""
+    if isinstance(value, type):
+        parts = [one for name, one in vars(value).items() if name[:2] != "__" or inspect.isfunction(one)]
+        return [value.__bases__, parts]
+    try:
+        text = inspect.getsource(value)
+    except OSError:  # written by a library, as a dataclass's __init__
+        text = value.__code__.co_code
+    names, texts = reads(value.__code__)
+    read = {name: globals()[name] for name in sorted(names - {*skip.split()}) if name in globals()}
+    if "settings" in read:  # only the rows that this code names
+        read["settings"] = {name: settings[name] for name in sorted(texts & {*settings})}
+    return [text, read, [cell.cell_contents for cell in value.__closure__ or ()]]
+
+
+def pieces(value, skip, seen):
+    """What a value is, as bytes: data by its content, the notebook's own code by text and what it reads."""
+    value = inspect.unwrap(value)
+    yield type(value).__name__.encode()
+    code = isinstance(value, (type, types.FunctionType))
+    own = (value if code else type(value)).__module__ == "__main__"
+    if isinstance(value, torch.nn.Module):  # how it is built; its weights: pass its state_dict()
+        value = [own and type(value), str(accelerator.unwrap_model(value))]
+    elif own and id(value) in seen:
+        return
+    elif own:
+        seen[id(value)] = value
+        value = own_code(value, skip) if code else [type(value), getattr(value, "__dict__", None)]
+    elif isinstance(value, functools.partial):
+        value = [value.func, value.args, value.keywords]
+    elif isinstance(value, types.MethodType):
+        value = [value.__self__, value.__func__]
+    elif isinstance(value, (set, frozenset)):
+        value = sorted(value, key=repr)
+    elif isinstance(value, pd.DataFrame):
+        value = [[*value.columns], pd.util.hash_pandas_object(value).to_numpy()]
+    if isinstance(value, torch.Tensor):
+        yield str((value.dtype, value.shape)).encode()
+        yield value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    elif isinstance(value, np.ndarray) and value.dtype != object:
+        yield str((value.dtype, value.shape)).encode()
+        yield np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+    elif isinstance(value, (str, bytes, int, float, range, np.generic, torch.dtype)):
+        yield repr(value).encode()
+    elif isinstance(value, (dict, list, tuple, np.ndarray)):
+        for one in value.items() if isinstance(value, dict) else value:
+            yield from pieces(one, skip, seen)
+
+
+def fingerprint(value, skip=PLUMBING):
+    digest = hashlib.md5()
+    for piece in pieces(value, skip, {}):
+        digest.update(piece)
+    return digest.hexdigest()[:8]
+
 
 # %% [markdown]
 # ## The data
@@ -198,7 +316,7 @@ def make_sample(folder, answers):
     from PIL import Image, ImageDraw
 
     dice = np.random.default_rng(2022)
-    letters, copies, tasks = (10, 20, 200) if PROFILE == "full" else (6, 8, 30)
+    letters, copies, tasks = (6, 8, 30) if PROFILE == "tiny" else (10, 20, 200)
     yy, xx = np.mgrid[-1:1:28j, -1:1:28j]
     t = np.linspace(0, 1, 8)[:, None]
 
@@ -254,7 +372,7 @@ def make_sample(folder, answers):
         return Image.fromarray((255 * (1 - page.clip(0, 1))).round().astype(np.uint8))
 
     number = 0
-    for k in range(10 if PROFILE == "full" else 5):
+    for k in range(5 if PROFILE == "tiny" else 10):
         style = make_script()
         for c in range(letters):
             home = folder / "Omniglot/images_background" / f"SampleScript{k:02d}.0" / f"character{c + 1:02d}"
@@ -277,67 +395,144 @@ def make_sample(folder, answers):
 
 # %% cellView="form" jupyter={"source_hidden": true} tags=["common:data"]
 # @title Data: find it, fetch it, or make the sample
-from concurrent.futures import ThreadPoolExecutor
+import gzip, re, tarfile, urllib.request, zipfile
+from concurrent.futures import ThreadPoolExecutor, wait
+from filelock import FileLock, Timeout
 
-import requests
-from filelock import FileLock  # of runs side by side, one makes the data and the others wait
-
-
-def find(*roots):
-    """{name: sorted paths} of FILES below the roots, however deep a download nested or packed them."""
-    found = {}
-    for name, (pattern, _) in FILES.items():
-        hits = {path for root in roots for path in Path(root).rglob(pattern) if "__MACOSX" not in path.parts}
-        hits = {path for path in hits if path.is_file() and not any(p.endswith(".part") for p in path.parts)}
-        if not hits and any([unpack(root) for root in roots]):
-            return find(*roots)
-        if not hits:
-            raise FileNotFoundError(f"there is no {pattern}")
-        top = min(len(path.parts) for path in hits)
-        found[name] = sorted(path for path in hits if len(path.parts) == top)
-    return found
+ENDINGS = (".zip", ".tar", ".tgz", ".tar.bz2", ".tar.xz", ".gz")
+POOL = ThreadPoolExecutor(16)
+passed_over = {}  # place or file -> why it was not used
 
 
-def unpack(root):
-    """Unpack the archives below `root` into DATA_DIR, each at one stroke; was there a new one?"""
-    new, ends = False, ("zip", "tgz", "tar.gz")
-    for archive in sorted(path for end in ends for path in Path(root).rglob(f"*.{end}")):
-        target, is_zip = Path(DATA_DIR, f"{archive.name}-unpacked"), archive.suffix == ".zip"
-        with FileLock(f"{DATA_DIR}.lock"):
-            if target.exists():
-                continue
-            try:
-                with aside(target) as part, (zipfile.ZipFile if is_zip else tarfile.open)(archive) as pack:
-                    if is_zip and any(name[0] in "/\\" or ".." in name for name in pack.namelist()):
-                        raise OSError("it would write outside its folder")
-                    pack.extractall(part, **({} if is_zip else {"filter": "data"}))
-                    new = True
-            except Exception as error:
-                size = archive.stat().st_size
-                raise OSError(f"{archive} ({size} bytes) is damaged, fetch it again: {error}") from None
-    return new
+def hold(path, wait=True):
+    """Of several runs one works on `path`; the others wait or stop. A `with` gives it back."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f"{path}.lock", is_singleton=True)
+        return lock.acquire(timeout=0)
+    except Timeout:
+        pass
+    except OSError as error:
+        raise Stop(f"{path} cannot be written ({error.strerror}): set another folder.") from None
+    if not wait:
+        raise Stop(f"Another run or open notebook is at work in {path.parent}: end it, or set OUT_DIR.")
+    say(f"waiting for another run that is at work on {path}")
+    return lock.acquire()
 
 
-def known(path):
-    """Is it one of the course's own files, byte by byte?"""
-    return bool({hashlib.new(kind, path.read_bytes()).hexdigest() for kind in ("md5", "sha256")} & HASHES)
+def make_once(folder, recipe, make):
+    """make(folder) in one stroke; again only when the recipe is another one or files were touched."""
+
+    def state(folder):
+        sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.name != MARK]
+        return f"{recipe}: {len(sizes)} files, {sum(sizes)} bytes"
+
+    with hold(folder):
+        if not (folder / MARK).exists() or (folder / MARK).read_text() != state(folder):
+            with aside(folder) as part:
+                part.mkdir()
+                make(part)
+                (part / MARK).write_text(state(part))
+    return folder
 
 
-def ask(url):
-    (reply := requests.get(url, stream=True, timeout=10)).raise_for_status()
-    return reply
+def files_below(root):
+    """All files below `root` but half-written ones and those in folders that a notebook made."""
+    made = {mark.parent for mark in root.rglob(MARK)} - {root}
+    files = [path for path in root.rglob("*") if path.is_file() and not made.intersection(path.parents)]
+    junk = re.compile(r"\.part(/|$)|__MACOSX")
+    return [path for path in files if not junk.search(path.relative_to(root).as_posix())]
 
 
-def fetch(files):
-    """{name: address, or addresses of its pieces} -> DATA_DIR; a broken download leaves nothing."""
-    for name, addresses in files.items():
-        with FileLock(f"{DATA_DIR}.lock"), aside(Path(DATA_DIR, name)) as part:
-            with part.open("wb") as file:
-                for url in addresses.split():
-                    print(f"fetching {url}")
-                    file.writelines(ask(url).iter_content(2**20))
-            if HASHES and not known(part):
-                raise OSError(f"{name} is not the course's file (its hash differs)")
+def pick(pattern, count, files):
+    """Of a single file all candidates, the plainest name first; of many files those that lie nearest."""
+    hits = [path for path in files if Path(str(path).lower()).match(pattern.lower())]
+    hits.sort(key=lambda path: (len(path.parts), len(path.name), path))
+    return [path for path in hits if count == 1 or len(path.parts) == len(hits[0].parts)]
+
+
+def unpack(archive):
+    """The files in an archive. Only plain ones are taken out: a link could lead outside."""
+
+    def extract(folder):
+        if archive.suffix.lower() == ".zip":
+            zipfile.ZipFile(archive).extractall(folder)
+        elif archive.suffix.lower() == ".gz" and not tarfile.is_tarfile(archive):
+            with gzip.open(archive) as source, (folder / archive.stem).open("wb") as file:
+                shutil.copyfileobj(source, file)
+        else:
+            with tarfile.open(archive) as pack:
+                plain = [member for member in pack if member.isfile() or member.isdir()]
+                pack.extractall(folder, plain, filter="data")
+
+    state = archive.stat()
+    folder = DATA_DIR / "unpacked" / hashlib.md5(str(archive).encode()).hexdigest()[:8]
+    try:
+        return files_below(make_once(folder, f"{state.st_size} {state.st_mtime_ns}", extract))
+    except Exception as error:
+        passed_over[archive] = f"damaged ({state.st_size} bytes, {error}): fetch it again"
+        return []
+
+
+def find(root):
+    """{name: paths} for all FILES below `root`, however deep a download nested or packed them."""
+    files = archives = files_below(root)
+    while True:
+        found = {name: pick(pattern, count, files) for name, (pattern, count) in FILES.items()}
+        archives = [path for path in archives if path.name.lower().endswith(ENDINGS)]
+        if all(found.values()):
+            return found
+        if not archives:
+            raise OSError(f"there is no {', '.join(FILES[name][0] for name in FILES if not found[name])}")
+        inside = unpack(archives[0])
+        files, archives = files + inside, archives[1:] + inside
+
+
+def open_url(url):
+    request = urllib.request.Request(url, headers={"User-Agent": "Mozilla/5.0"})
+    return urllib.request.urlopen(request, timeout=10)
+
+
+def ring(url):
+    """Does an address answer, if only with a refusal?"""
+    try:
+        open_url(url).close()
+    except urllib.error.HTTPError:
+        pass
+
+
+def download(url, file, sums):
+    """Append what an address gives; one that drips, breaks off or sends a web page is given up."""
+    say(f"fetching {url}")
+    with open_url(url) as reply:
+        size, tic, length = 0, time.monotonic(), int(reply.headers.get("Content-Length") or 0)
+        bar = tqdm(total=length, unit="B", unit_scale=True, disable=QUIET, leave=False)
+        while chunk := reply.read1(2**20):
+            if size == 0 and chunk.lstrip()[:5].lower() in (b"<!doc", b"<html"):
+                raise OSError("it is a web page, not the file")
+            file.write(chunk)
+            for one in sums:
+                one.update(chunk)
+            bar.update(len(chunk))
+            size += len(chunk)
+            if size < 20_000 * (time.monotonic() - tic - 10):
+                raise OSError(f"it is too slow, {size} bytes in {time.monotonic() - tic:.0f} s")
+    if size < max(length, 1):
+        raise OSError(f"it broke off after {size} of {length or '?'} bytes")
+
+
+def fetch(files, answer):
+    """{name: addresses of its pieces} -> DATA_DIR."""
+    answer.result(0)
+    with hold(DATA_DIR):
+        for name in [name for name in files if not (DATA_DIR / name).exists()]:  # another run may be faster
+            sums = [hashlib.md5(), hashlib.sha256()]
+            with aside(DATA_DIR / name) as part:
+                with part.open("wb") as file:
+                    for url in files[name].split():
+                        download(url, file, sums)
+                if HASHES and not HASHES & {one.hexdigest() for one in sums}:
+                    raise OSError(f"{name} is not the course's file (its hash differs)")
     return DATA_DIR
 
 
@@ -346,49 +541,92 @@ def ask_kaggle():
 
     if not kagglehub.config.get_kaggle_credentials():
         raise OSError("no credentials (set KAGGLE_API_TOKEN, see https://www.kaggle.com/settings)")
-    return kagglehub.competition_download(SLUG)
+    POOL.submit(ring, "https://www.kaggle.com").result(10)
+    with hold(DATA_DIR):  # a second run finds what the first one fetched
+        return Path(kagglehub.competition_download(SLUG))
 
 
-def sources():
-    """Where the real data may be; a later place is asked only when the earlier ones had none."""
-    yield from [(place, lambda: place) for place in (DATA_DIR, "/kaggle/input") if Path(place).is_dir()]
-    pool, late = ThreadPoolExecutor(8), time.monotonic() + 10  # mirrors are rung together: 10 seconds in all
-    rings = [pool.submit(ask, next(iter(files.values())).split()[0]) for files in MIRRORS]
+def attempt(place, work, *arguments):
+    """What FILES mean in the folder that `work` gives; None if that fails, and the reason is kept."""
+    try:
+        return find(work(*arguments))
+    except Exception as error:
+        passed_over[place] = str(error) or type(error).__name__
+
+
+def find_real():
+    """The real data of the first place that has them all: folders, Kaggle, the mirrors in their order."""
+    for folder in (DATA_DIR, Path("/kaggle/input")):
+        found = attempt(folder, Path, folder)
+        if found:
+            return found
+    rings = [POOL.submit(ring, next(iter(files.values())).split()[0]) for files in MIRRORS]  # all at once
+    late = time.monotonic() + 10
     if SLUG:
-        yield f"https://www.kaggle.com/competitions/{SLUG}", ask_kaggle
-    for files, ring in zip(MIRRORS, rings):
-        yield ", ".join(files.values()), lambda: ring.result(late - time.monotonic()) and fetch(files)
+        found = attempt(f"https://www.kaggle.com/competitions/{SLUG}", ask_kaggle)
+    if not found:
+        wait(rings, timeout=max(0, late - time.monotonic()))
+    for files, answer in zip(MIRRORS, rings):
+        found = found or attempt(", ".join(files.values()), fetch, files, answer)
+    return found
 
 
 def choose_data():
-    """Is it real, the paths of FILES, the folder of the hidden answers."""
+    """[is it real, {name: paths}, the folder of the hidden answers]"""
     if not FILES:
         return [DATA != "sample", {}, None]
+    found = None
+    if DATA != "sample":
+        found = find_real()
+    if found:
+        return [True, found, None]
     why = f"Put {', '.join(pattern for pattern, _ in FILES.values())} into {DATA_DIR}, packed or not. Tried:"
-    for place, source in sources() if DATA != "sample" else ():
-        try:
-            return [True, find(source(), DATA_DIR), None]
-        except Exception as error:
-            why += f"\n- {place}: {' '.join(str(error).split()) or type(error).__name__}"
+    why += "".join(f"\n- {place}: {' '.join(reason.split())}" for place, reason in passed_over.items())
     if DATA == "real":
         raise Stop(f"No real data was found. {why}")
     if DATA == "auto":
-        print(f"NO REAL DATA WAS FOUND, this run uses the generated SAMPLE. {why}")
-    folder, recipe = Path(f"{DATA_DIR}-sample", PROFILE), hashlib.md5(inspect.getsource(make_sample).encode())
-    with FileLock(f"{folder}.lock"):
-        if not (folder / recipe.hexdigest()).exists():  # never made, or by another make_sample
-            with aside(folder) as part:
-                [(part / name).mkdir(parents=True) for name in ("data", "answers", recipe.hexdigest())]
-                make_sample(part / "data", part / "answers")
+        say(f"NO REAL DATA WAS FOUND, this run uses the generated SAMPLE. {why}")
+
+    def make(folder):
+        (folder / "data").mkdir()
+        (folder / "answers").mkdir()
+        make_sample(folder / "data", folder / "answers")
+
+    folder = Path(f"{DATA_DIR}-sample", "tiny" if PROFILE == "tiny" else "full")
+    make_once(folder, fingerprint(make_sample, f"{PLUMBING} PROFILE"), make)
     return [False, find(folder / "data"), folder / "answers"]
 
 
+def choose(levels, sizes):
+    """LEVEL's column of both tables; an idea in WITHOUT takes the nearest earlier value that differs."""
+    column = CHOICES["LEVEL"].index(LEVEL)
+    chosen = {name: row[column] for name, row in levels.items()}
+    for name in OFF:
+        earlier = [value for value in levels.get(name, ())[:column] if value != chosen[name]]
+        if not earlier:
+            ideas = ", ".join(levels)
+            raise Stop(f"WITHOUT = {name!r} switches nothing off at level {LEVEL}; ideas: {ideas}.")
+        chosen[name] = earlier[-1]
+    for name, row in sizes["full" if PROFILE == "full" else "small"].items():
+        chosen[name] = row[column]
+        if PROFILE == "tiny" and name in ("epochs", "steps"):
+            chosen[name] = max(3, row[column] // 50)
+    return chosen
+
+
 REAL, PATHS, ANSWERS = broadcast_object_list(choose_data() if MAIN else [None] * 3)
-OUT = Path(OUT_DIR, f"{LEVEL}-{'real' if REAL else 'sample'}")
-SIZES = [sum(path.stat().st_size for path in hits) for hits in PATHS.values()]
-counts = ", ".join(f"{len(hits)} {name} (course: {FILES[name][1]})" for name, hits in PATHS.items())
-same = sum(known(hits[0]) for hits in PATHS.values() if HASHES)
-print(f"data: {'real' if REAL else 'SAMPLE'}; files: {counts or 'none needed'}; known by their hash: {same}")
+for name, (path, *others) in PATHS.items():
+    if not path.exists():
+        raise Stop(f"{path} is not on this machine: put DATA_DIR on a disk that all machines share.")
+    say(f"{name}: {path}{f' and {len(others)} more' if others else ''} (the course has {FILES[name][1]})")
+if PROFILE == "auto":
+    PROFILE = "full" if REAL and on_gpu else "small"
+say(f"data: {'real' if REAL else 'SAMPLE'}; profile: {PROFILE} (full is for real data on a GPU)")
+OUT = OUT_DIR / f"{LEVEL}-{'real' if REAL else 'sample'}"
+if OFF:
+    OUT = Path(f"{OUT}-without-{'-'.join(OFF)}")
+if MAIN:
+    LOCK = hold(OUT / "run", wait=False).lock  # two runs must not write into one folder
 
 # %% [markdown]
 # ## Read once
@@ -398,6 +636,8 @@ print(f"data: {'real' if REAL else 'SAMPLE'}; files: {counts or 'none needed'}; 
 # the background is what most pixels have. After reading, ink is bright.
 
 # %%
+from concurrent.futures import ThreadPoolExecutor
+
 from PIL import Image
 from torch.nn import functional as F
 
@@ -438,7 +678,7 @@ copies = [folder for folder in folders if folder.parent.name.endswith(TURNED)]
 small = [folder for folder, files in folders.items() if len(files) < 2]
 folders = {folder: files for folder, files in folders.items() if folder not in {*copies, *small}}
 if copies or small:
-    print(f"left out: {len(copies)} characters that are turned copies, {len(small)} with a single drawing")
+    say(f"left out: {len(copies)} characters that are turned copies, {len(small)} with a single drawing")
 if len(folders) < WAYS:
     raise Stop(f"{DATA_DIR} has {len(folders)} usable character folders: unpack omniglot.tar.gz again.")
 sizes = torch.tensor([len(files) for files in folders.values()])
@@ -447,9 +687,7 @@ drawings = torch.zeros(*there.shape, 28, 28, dtype=torch.uint8)
 drawings[there] = read([path for files in folders.values() for path in files])
 drawings = drawings.to(device)
 alphabet = [folder.parent.name.removesuffix(".0") for folder in folders]
-print(
-    f"{len(folders)} characters (course: 964) of {len(set(alphabet))} alphabets, {int(sizes.sum())} drawings"
-)
+say(f"{len(folders)} characters (course: 964) of {len(set(alphabet))} alphabets, {int(sizes.sum())} drawings")
 
 # %% [markdown]
 # The test tasks. Line 5·task + query of the submission belongs to one image, so a missing folder or image
@@ -474,8 +712,8 @@ def read_tasks(part):
 support, query = read_tasks("support"), read_tasks("query")
 for reason, count in odd.items():
     if count:
-        print(f"warning: {count} images are {reason}, they were converted")
-print(f"{len(support)} test tasks (course: 640)")
+        say(f"warning: {count} images are {reason}, they were converted")
+say(f"{len(support)} test tasks (course: 640)")
 
 # %% [markdown]
 # One row is one character, one column one person.
@@ -524,8 +762,8 @@ familiar = rest[every - 1 :: every]
 training = rest[~torch.isin(rest, familiar)]
 if min(len(pool) for pool in (unseen, familiar, training)) < WAYS:
     raise Stop(f"{len(names)} alphabets are too few to hold any out: unpack omniglot.tar.gz again.")
-print(f"{len(training)} characters to learn from, {len(familiar)} new ones of the same alphabets", end=", ")
-print(f"{len(unseen)} of {len(held)} new alphabets: {', '.join(sorted(held))}")
+say(f"{len(training)} characters to learn from, {len(familiar)} new ones of the same alphabets", end=", ")
+say(f"{len(unseen)} of {len(held)} new alphabets: {', '.join(sorted(held))}")
 
 # %% [markdown]
 # ## The ladder
@@ -535,6 +773,8 @@ print(f"{len(unseen)} of {len(held)} new alphabets: {', '.join(sorted(held))}")
 # these steps.
 
 # %% tags=["levels"]
+if OFF:
+    raise Stop(f"{HW} has no table of ideas yet: leave WITHOUT empty.")
 PLAIN = dict(how="maml", inner=1, test=10, rate=0.4, learned=False, first_order=True, every=False)
 PLAIN |= dict(ways=WAYS, augment=False, prototypes=False, lr=1e-3, continues=False)
 WAY = {
@@ -555,29 +795,27 @@ LEVELS = {  # updates: how many an epoch has, stage by stage
     "boss": BIG | dict(updates={"metric": 500, "proto-ANIL": 60}, members=3, symmetries=8, joint=True),
 }
 LEVELS["boss"] |= dict(counts=(25, 100, 400, 1000), report_updates=33)
-SAMPLE = {  # a CPU is enough for these
+SMALL = {  # for the sample; a CPU is enough for these
     "simple": dict(valid_tasks=60, check=20, curve=(0, 1, 2, 3, 5, 10)),
     "medium": dict(valid_tasks=60, check=40, curve=(0, 1, 2, 3, 5, 10), epochs=3, updates={"FO-MAML": 30}),
     "strong": dict(valid_tasks=100, epochs=4, updates={"MAML": 10, "ANIL": 55}),
     "boss": dict(valid_tasks=300, epochs=4, updates={"metric": 200, "proto-ANIL": 20}, members=2),
 }
-SAMPLE["boss"] |= dict(counts=(10, 20, 40, 80), report_updates=20)
+SMALL["boss"] |= dict(counts=(10, 20, 40, 80), report_updates=20)
 TINY = dict(width=12, valid_tasks=20, check=20, batch_size=4, members=1, epochs=2, report_updates=2)
 settings = LEVELS[LEVEL]
-if not REAL:
-    settings |= dict(width=32, check=60, batch_size=16, episodes=1) | SAMPLE[LEVEL]
+if PROFILE != "full":
+    settings |= dict(width=32, check=60, batch_size=16, episodes=1) | SMALL[LEVEL]
     WAY["FO-MAML"] |= dict(lr=4e-3, rate=0.1)
     WAY["MAML"] |= dict(lr=4e-3, inner=2)
 if PROFILE == "tiny":
     updates = {name: 25 if name == "metric" else 4 for name in settings["updates"]}
     settings |= TINY | dict(updates=updates, symmetries=min(2, settings["symmetries"]))
 settings |= dict(epochs=EPOCHS or settings["epochs"], batch_size=BATCH_SIZE or settings["batch_size"])
-if BALANCED_QUERIES not in ("auto", "on", "off"):
-    raise Stop(f"BALANCED_QUERIES is {BALANCED_QUERIES!r}, but must be auto, on or off.")
-print(*(f"{name}: {value}" for name, value in settings.items()), sep=", ")
-settings |= dict(ways={name: WAY[name] for name in settings["updates"]})  # a checkpoint must agree in these
-for name, way in settings["ways"].items():
-    print(f"- {name}:", ", ".join(f"{key} {value}" for key, value in way.items()))
+say(*(f"{name}: {value}" for name, value in settings.items()), sep=", ")
+settings |= dict(stages={name: WAY[name] for name in settings["updates"]})
+for name, way in settings["stages"].items():
+    say(f"- {name}:", ", ".join(f"{key} {value}" for key, value in way.items()))
 
 # %% [markdown]
 # ## Tasks, by the thousand
@@ -665,7 +903,6 @@ with torch.random.fork_rng(devices=[]):
 # no error says so: MAML would still learn, only worse. We found out by comparing `vmap` with the loop, below.
 
 # %%
-import copy
 from functools import partial
 
 from torch import nn
@@ -806,7 +1043,7 @@ with torch.random.fork_rng(devices=[]):
     push = [p / torch.cat([q.flatten() for q in push]).norm() for p in push]  # of length 1
     second, measured = slopes(small, push, **how, first_order=False)
     first, _ = slopes(small, push, **how, first_order=True)
-print(f"finite difference {measured:+.6f}, second order {second:+.6f}, first order {first:+.6f}")
+say(f"finite difference {measured:+.6f}, second order {second:+.6f}, first order {first:+.6f}")
 
 # %% [markdown]
 # What does the second order cost? The same eight tasks, one inner step, forward and backward, in a loop
@@ -841,8 +1078,8 @@ for order in ("first", "second"):  # the time is that of float32, the difference
     slope = [meta_gradient(net.double(), tasks.double(), order == "first", run) for net, run in pairs]
     [net.float() for net, _ in pairs]
     apart = max((a - b).abs().max() for a, b in zip(*slope)) / max(a.abs().max() for a in slope[0])
-    print(f"{order:6} order, {len(tasks)} tasks: loop {cost[0]:.0f} ms, vmap {cost[1]:.0f} ms", end="; ")
-    print(f"gradients differ by {apart:.0e} of the largest entry")
+    say(f"{order:6} order, {len(tasks)} tasks: loop {cost[0]:.0f} ms, vmap {cost[1]:.0f} ms", end="; ")
+    say(f"gradients differ by {apart:.0e} of the largest entry")
 
 # %% [markdown]
 # **ANIL**, *almost no inner loop*: most of what MAML gains is in reusable features, so only the head
@@ -940,55 +1177,79 @@ def outer_losses(way, model, images, progress):
 
 # %% cellView="form" jupyter={"source_hidden": true} tags=["common:checkpoint"]
 # @title Checkpoints: a killed run goes on where it stopped
-history = []  # one row per epoch or round; it lives in the checkpoints and ends in history.csv
+import copy
+
+history = []  # one row an epoch or round; it lives in the checkpoints and ends in history.csv
+stages = {}  # name -> its file, and where its rows in the history begin
 
 
 def bare(part):
+    """A net without what accelerate wrapped around it."""
     return accelerator.unwrap_model(part) if isinstance(part, torch.nn.Module) else part
 
 
-def made_with(parts):
-    """All that a checkpoint must agree with: level, own parameters, settings, data, nets."""
-    mine = [globals()[name] for name in ("LEVEL", "PROFILE", "SEED", *OWN)]
-    nets = [str(bare(part)) for part in parts.values() if isinstance(part, torch.nn.Module)]
-    return json.dumps([mine, settings, SIZES, nets], default=str)
+def state_of(part):
+    return part if isinstance(part, dict) else bare(part).state_dict()
+
+
+def restore(parts, states):
+    for name, part in parts.items():
+        if isinstance(part, dict):
+            part.update(send_to_device(states[name], device))
+        else:
+            bare(part).load_state_dict(states[name])
 
 
 def save_checkpoint(stage, done, **parts):
     """All that `stage` needs to go on after `done` epochs; a part is a dict or has a state_dict."""
-    parts |= {"scaler": accelerator.scaler} if accelerator.scaler else {}
-    dice = gather_object([[torch.get_rng_state(), torch.cuda.get_rng_state_all() if on_gpu else []]])
-    states = {name: p if isinstance(p, dict) else bare(p).state_dict() for name, p in parts.items()}
+    if accelerator.scaler:
+        parts["scaler"] = accelerator.scaler
+    dice = gather_object([[torch.get_rng_state(), torch.cuda.get_rng_state() if on_gpu else None]])
     if MAIN:
-        torch.save([made_with(parts), done, history, dice, states], memory := io.BytesIO())
-        with aside(OUT / "checkpoint" / f"{stage}.pt") as part:
+        path, first = stages[stage]
+        states = {name: state_of(part) for name, part in parts.items()}
+        torch.save([done, history[first:], dice, states], memory := io.BytesIO())
+        with aside(path) as part:
             part.write_bytes(memory.getbuffer())
+        old = sorted(path.parent.glob(f"{stage}.????????.pt"), key=lambda path: path.stat().st_mtime_ns)
+        for path in old[:-3]:  # of each stage the three newest stay
+            path.unlink()
     accelerator.wait_for_everyone()
 
 
-def load_checkpoint(stage, **parts):
-    """Restore parts, history and random numbers; returns the epochs done, 0 without a fitting checkpoint."""
-    path = OUT / "checkpoint" / f"{stage}.pt"
-    if not path.exists():
+def load_checkpoint(stage, depends, **parts):
+    """Restore parts, history and random numbers; returns the epochs done, 0 without a fitting checkpoint.
+
+    `depends`: the functions and data that decide what this stage learns. With others it starts anew."""
+    path = OUT / "checkpoint" / f"{stage}.{fingerprint([SEED, depends])}.pt"
+    path = broadcast_object_list([path])[0]
+    if stage in stages:  # the training cell runs once more
+        del history[stages[stage][1] :]
+    stages[stage] = [path, len(history)]
+    if accelerator.scaler:
+        parts["scaler"] = accelerator.scaler
+    if not RESUME or not path.exists():
         return 0
+    before = copy.deepcopy({name: state_of(part) for name, part in parts.items()})
+    problem = None
     try:
-        made, done, rows, dice, states = torch.load(path, map_location="cpu", weights_only=True)
-        problem = "it has other parameters" if made != made_with(parts) else "" if RESUME else "RESUME is off"
+        done, rows, dice, states = torch.load(path, map_location="cpu", weights_only=True)
+        restore(parts, states)
+        cpu, gpu = dice[accelerator.process_index % len(dice)]
+        if on_gpu:
+            torch.cuda.set_rng_state(gpu)
+        torch.set_rng_state(cpu)
     except Exception as error:
-        problem = f"it is damaged ({type(error).__name__})"
-    accelerator.wait_for_everyone()
-    if problem:
-        print(f"{path} is set aside and training starts anew: {problem}")
-        MAIN and path.replace(path.with_suffix(".set-aside"))
+        problem = type(error).__name__
+    problems = [one for one in gather_object([problem]) if one]  # all processes go on, or none does
+    if problems:
+        restore(parts, before)
+        if MAIN:
+            path.replace(path.with_suffix(".damaged"))
+        say(f"{path} is damaged ({problems[0]}) and set aside: {stage} starts anew")
         return 0
-    parts |= {"scaler": accelerator.scaler} if accelerator.scaler else {}
-    for name, part in parts.items():
-        load = part.update if isinstance(part, dict) else bare(part).load_state_dict
-        load(send_to_device(states[name], device) if isinstance(part, dict) else states[name])
-    history[:], (cpu, gpus) = rows, dice[accelerator.process_index % len(dice)]
-    torch.set_rng_state(cpu)
-    torch.cuda.set_rng_state_all(gpus) if gpus else None
-    print(f"{stage}: going on after {done} epochs from {path} (RESUME = False starts anew)")
+    history.extend(rows)
+    say(f"{stage}: going on after {done} from {path} (RESUME = False starts anew)")
     return done
 
 
@@ -1094,7 +1355,7 @@ def log(stage, epoch, total, good, score, lr, seconds, tasks):
     row = dict(stage=stage, epoch=epoch, loss=loss, valid=float(score), lr=lr, seconds=seconds)
     history.append(row | dict(examples_per_second=speed, skipped=skipped))
     text = f"{stage} {epoch:3d}  loss {loss:.4f}  valid {score:.4f}  lr {lr:.1e}  {seconds:.1f} s"
-    print(f"{text}  {speed:,.0f} tasks/s" + f"  {skipped} tasks skipped" * (skipped > 0))
+    say(f"{text}  {speed:,.0f} tasks/s" + f"  {skipped} tasks skipped" * (skipped > 0))
 
 
 # %% [markdown]
@@ -1103,10 +1364,8 @@ def log(stage, epoch, total, good, score, lr, seconds, tasks):
 
 
 # %% tags=["train"]
-def train(stage, name, start=None, pool=training, epochs=None, updates=None, **changes):
+def train(stage, way, epochs, updates, start=None, pool=training):
     """One stage of a level; returns the averaged model of the best epoch."""
-    way, epochs = WAY[name] | changes, epochs or settings["epochs"]
-    updates = updates or settings["updates"][name]
     model = make_model(way)
     if start is not None:  # boss: go on from the metric start
         model.load_state_dict(start.state_dict() | {"rates": model.rates.detach()})
@@ -1117,7 +1376,8 @@ def train(stage, name, start=None, pool=training, epochs=None, updates=None, **c
     optimizer = accelerator.prepare(optimizer)
     best = {"score": torch.tensor(-1.0), "weights": {}}
     state = dict(model=model, average=average, optimizer=optimizer, scheduler=scheduler, best=best)
-    done = load_checkpoint(stage, **state)
+    before = start.state_dict() if start is not None else {}
+    done = load_checkpoint(stage, [train, way, epochs, updates, pool, before], **state)
     for epoch in tqdm(range(done + 1, epochs + 1), stage, disable=QUIET, leave=False):
         tic, total, good, tasks = time.perf_counter(), torch.zeros((), device=device), 0, 0
         for step in range((epoch - 1) * updates, epoch * updates):
@@ -1150,7 +1410,8 @@ solvers = []  # (way, model): who answers the test
 for member in range(settings["members"]):
     model = None
     for name in settings["updates"]:
-        model = train(f"{name}-{member}", name, start=model if WAY[name]["continues"] else None)
+        how = dict(epochs=settings["epochs"], updates=settings["updates"][name])
+        model = train(f"{name}-{member}", WAY[name], **how, start=model if WAY[name]["continues"] else None)
         solvers.append((name, model))
 
 
@@ -1163,7 +1424,7 @@ if LEVEL == "strong":
     found = {name: right(WAY[name], m, valid["new alphabets"], (WAY[name]["test"],)) for name, m in solvers}
     for name, shares in found.items():
         mean, error = mean_and_error(shares[:, 0])
-        print(f"{name}: {mean:.3f} ± {error:.3f} on new alphabets")
+        say(f"{name}: {mean:.3f} ± {error:.3f} on new alphabets")
     solvers = [max(solvers, key=lambda solver: found[solver[0]].mean())]
 way, model = WAY[solvers[-1][0]], solvers[-1][1]
 
@@ -1171,9 +1432,9 @@ way, model = WAY[solvers[-1][0]], solvers[-1][1]
 # The curves: outer loss while training, and accuracy on new alphabets after every epoch.
 
 # %%
-stages = list(dict.fromkeys(row["stage"] for row in history))
+trained = list(dict.fromkeys(row["stage"] for row in history))
 fig, axes = plt.subplots(1, 2, figsize=(8, 2.6))
-for stage in stages:
+for stage in trained:
     lines = [row for row in history if row["stage"] == stage]
     for axis, key in zip(axes, ("loss", "valid")):
         axis.plot([row["epoch"] for row in lines], [row[key] for row in lines], ".-", label=stage)
@@ -1194,8 +1455,8 @@ curve, curve_error = mean_and_error(right(way, model, valid["new alphabets"], st
 best_steps = steps[int(curve.argmax())] if LEVEL == "boss" else way["test"]
 known_score, known_error = mean_and_error(right(way, model, valid["known alphabets"], (best_steps,)))
 for count, score, error in zip(steps, curve.tolist(), curve_error.tolist()):
-    print(f"{count:3d} inner steps: {score:.3f} ± {error:.3f}" + "  <- used" * (count == best_steps))
-print(f"the same on new characters of known alphabets: {known_score[0]:.3f} ± {known_error[0]:.3f}")
+    say(f"{count:3d} inner steps: {score:.3f} ± {error:.3f}" + "  <- used" * (count == best_steps))
+say(f"the same on new characters of known alphabets: {known_score[0]:.3f} ± {known_error[0]:.3f}")
 
 # %% [markdown]
 # ## Prediction
@@ -1253,9 +1514,9 @@ evidence = all_different(alone)
 wanted = {"on": True, "off": False, "auto": settings["joint"] and evidence > 4 * CHANCE}
 use_joint = wanted[BALANCED_QUERIES]
 prediction = (jointly if use_joint else alone).flatten().numpy()
-print(f"{evidence:.1%} of the tasks have five different answers (independent chance: {CHANCE:.1%})")
-print(f"the submission decides {'jointly' if use_joint else 'query by query'}")
-print(f"{(jointly != alone).float().mean():.1%} of the answers differ between the two decisions")
+say(f"{evidence:.1%} of the tasks have five different answers (independent chance: {CHANCE:.1%})")
+say(f"the submission decides {'jointly' if use_joint else 'query by query'}")
+say(f"{(jointly != alone).float().mean():.1%} of the answers differ between the two decisions")
 speeds = [row["examples_per_second"] for row in history]
 summary = dict(valid_score=curve[steps.index(best_steps)].item(), known_alphabets=known_score.item())
 summary |= dict(parameters=sum(w.numel() for w in model.parameters()))
@@ -1304,36 +1565,61 @@ if MAIN:
     write_submission(submission, prediction)
     most = np.bincount(prediction, minlength=WAYS).max() / len(prediction)
     if most > 0.4:
-        print(f"warning: {most:.0%} of the answers are one class, a fifth is expected")
-    print(submission.read_text()[:30].replace("\n", " "), "...")
+        say(f"warning: {most:.0%} of the answers are one class, a fifth is expected")
+    say(submission.read_text()[:30].replace("\n", " "), "...")
+
 
 # %% cellView="form" jupyter={"source_hidden": true} tags=["common:submit"]
 # @title Submission: check it, score it, send it
-score = None
+def check_table(path, header, ids, good, what):
+    """Raises Stop with what the judge would not take: the header, the ids in their order, a bad value."""
+    lines, ids = path.read_bytes().decode().split("\n"), [str(one) for one in ids]
+    if lines[0] != header or lines[-1]:
+        raise Stop(f"{path} must begin with the line {header} and end with a line break")
+    rows = [line.split(",", 1) for line in lines[1:-1]]
+    if not ids or [row[0] for row in rows] != ids or len(set(ids)) < len(ids):
+        raise Stop(f"{path} must have the {len(ids)} ids of the test data, each once and in their order")
+    for row in rows:
+        if len(row) < 2 or not good(row[1]):
+            raise Stop(f"{path}: id {row[0]} has {row[1:]}, but needs {what}")
+
+
+def show_worth():
+    """What the boss loses when an idea is switched off, as make ladder measured it on the sample."""
+    if not MEASURED["without"]:
+        return say("Not measured yet: make ladder does it.")
+    sign, boss = 1 if HIGHER_IS_BETTER else -1, MEASURED["levels"]["boss"]
+    costs = {idea: sign * (np.mean(boss) - np.mean(one)) for idea, one in MEASURED["without"].items()}
+    costs = dict(sorted(costs.items(), key=lambda pair: pair[1]))
+    plt.figure(figsize=(8, 2.6))
+    bars = plt.barh(list(costs), list(costs.values()))
+    plt.bar_label(bars, fmt="%.2g", padding=3)
+    half = (max(boss) - min(boss)) / 2
+    plt.axvspan(-half, half, color="C7", alpha=0.4, label="half the range of the boss's seeds")
+    plt.xlabel(f"{METRIC}: what the boss loses without the idea")
+    plt.legend()
+    show("worth.png")
+
+
+score, points = None, "only the judge knows"
 if MAIN:
     try:
         check_submission(submission)  # raises Stop with what is wrong
     except Stop:
         submission.replace(f"{submission}.rejected")
         raise
-    score = float(score_submission(submission, ANSWERS)) if ANSWERS or not FILES else None
-    print(f"{submission} is valid, {METRIC}: {'only the judge knows' if score is None else round(score, 5)}")
-    command = ["kaggle", "competitions", "submit", SLUG, "-f", str(submission), "-m", f"{HW} {LEVEL}"]
+    if ANSWERS or not FILES:
+        score = float(score_submission(submission, ANSWERS))
+        points = f"{score:.5g}"
+    say(f"{submission} is valid, {METRIC}: {points}")
+    command = [sys.executable, "-m", "kaggle", "competitions", "submit", SLUG]
+    command += ["-f", str(submission), "-m", f"{HW} {LEVEL}"]
     if not REAL:
-        print("It belongs to a sample run, nothing is sent: DATA = 'real' makes the file for the judge.")
+        say("It belongs to a sample run, nothing is sent: DATA = 'real' makes the file for the judge.")
     elif not SUBMIT or not SLUG:
-        print(f"to send it: {' '.join(command)}\nor" * bool(SLUG), f"upload it at {JUDGE}")
+        say(f"Upload it at {JUDGE}{f', or run: {shlex.join(command)}' if SLUG else ''}")
     elif subprocess.call(command):
         raise Stop(f"Kaggle did not take {submission}; the file is complete, upload it at {JUDGE}")
-
-
-def other_levels(here):
-    """{level: its result}, simple first: `here` for this level, and the runs that stand beside this one."""
-    paths = {level: OUT.parent / OUT.name.replace(LEVEL, level) / "result.json" for level in CHOICES["LEVEL"]}
-    there = {level: json.loads(path.read_text()) for level, path in paths.items() if path.exists()}
-    found = {level: one for level, one in there.items() if one["profile"] == PROFILE} | {LEVEL: here}
-    return {level: found[level] for level in CHOICES["LEVEL"][::-1] if level in found}
-
 
 # %% [markdown] tags=["report"]
 # ## Report
@@ -1353,7 +1639,7 @@ if LEVEL == "boss":
             how = dict(pool=training[np.sort(order[:count])], epochs=1)
             how |= dict(updates=settings["report_updates"] * settings["epochs"])
             stage = f"{count}-characters{'-augmented' * augment}"
-            few = train(stage, "metric", **how, augment=augment)
+            few = train(stage, WAY["metric"] | dict(augment=augment), **how)
             shares = right(WAY["metric"], few, valid["new alphabets"], (0,))[:, 0]
             lines[augment, count] = [x.item() for x in mean_and_error(shares)]
 
@@ -1364,10 +1650,8 @@ if LEVEL == "boss":
         mean, bar = zip(*(lines[augment, count] for count in counts))
         plt.errorbar(counts, mean, bar, fmt="o-", capsize=3, label=label)
         slope = np.polyfit(np.log2(counts), mean, 1)[0]
-        print(
-            f"{label}: {mean[0]:.3f} with {counts[0]} characters, {mean[-1]:.3f} with {counts[-1]}", end="; "
-        )
-        print(f"each doubling changes the accuracy by {100 * slope:+.1f} points in a straight-line fit")
+        say(f"{label}: {mean[0]:.3f} with {counts[0]} characters, {mean[-1]:.3f} with {counts[-1]}", end="; ")
+        say(f"each doubling changes the accuracy by {100 * slope:+.1f} points in a straight-line fit")
     plt.xscale("log", base=2)
     plt.xticks(counts, counts)
     plt.xlabel("training characters")
@@ -1375,7 +1659,7 @@ if LEVEL == "boss":
     plt.legend()
     show("characters.png")
 else:
-    print("this comparison belongs to the boss level")
+    say("this comparison belongs to the boss level")
 
 # %% [markdown] tags=["report"]
 # **2. How does the number of inner steps at inference matter?** The same trained net, the same tasks,
@@ -1385,7 +1669,22 @@ else:
 
 
 # %% tags=["report"]
-levels = other_levels(summary)
+def other_levels(here, *needed):
+    """{level: its result}, simple first: of this level `here`, of others what earlier runs left, if whole."""
+    found = {}
+    for level in CHOICES["LEVEL"]:
+        path = OUT.with_name(OUT.name.replace(LEVEL, level)) / "result.json"
+        try:
+            one = here if level == LEVEL else json.loads(path.read_text()) | {}
+            if level == LEVEL or (one["profile"] == PROFILE and all(name in one for name in needed)):
+                found[level] = one
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # missing, broken or of an older notebook
+    return found
+
+
+needed = "steps", "curve", "curve_error", "reuse", "support_loss", "valid_score"
+levels = other_levels(summary, *needed)
 plt.figure(figsize=(8, 2.7))
 for level, found in levels.items():
     plt.errorbar(found["steps"], found["curve"], found["curve_error"], fmt="o-", capsize=3, label=level)
@@ -1397,10 +1696,10 @@ plt.legend()
 show("steps.png")
 top = int(curve.argmax())
 where = "within" if curve[top] - curve[-1] <= curve_error[top] else "below"
-print(f"{curve[0]:.3f} before the first step, the best is {curve[top]:.3f} after {steps[top]};", end=" ")
-print(f"after {steps[-1]} it is {curve[-1]:.3f}, {where} the error bar of the best")
-if "simple" in levels:
-    print("simple: {valid_score:.3f}, and {untrained:.3f} from an untrained net".format(**levels["simple"]))
+say(f"{curve[0]:.3f} before the first step, the best is {curve[top]:.3f} after {steps[top]};", end=" ")
+say(f"after {steps[-1]} it is {curve[-1]:.3f}, {where} the error bar of the best")
+if "untrained" in levels.get("simple", {}):
+    say("simple: {valid_score:.3f}, and {untrained:.3f} from an untrained net".format(**levels["simple"]))
 
 # %% [markdown] tags=["report"]
 # **3. Does the inner loop learn features, or reuse them?** We let *all* weights take five steps on a task
@@ -1444,8 +1743,8 @@ fig, axis = plt.subplots(figsize=(8, 2.4))
 for k, (level, found) in enumerate(levels.items()):
     place = np.arange(5) + 0.8 * (k + 0.5) / len(levels) - 0.4
     axis.bar(place, found["reuse"], 0.75 / len(levels), label=level)
-    print(f"{level:6} support loss before the first step {found['support_loss']:.3f}; cosines", end=" ")
-    print(", ".join(f"{part} {cosine:.3f}" for part, cosine in zip(parts, found["reuse"])))
+    say(f"{level:6} support loss before the first step {found['support_loss']:.3f}; cosines", end=" ")
+    say(", ".join(f"{part} {cosine:.3f}" for part, cosine in zip(parts, found["reuse"])))
 axis.axhline(0, color="black", linewidth=0.7)
 axis.set(xticks=range(5), xticklabels=parts, ylabel="cosine, before and after")
 axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -1475,8 +1774,8 @@ if MAIN:
         nets = {"untrained": make_model(way), "trained": model}
     fig, axes = plt.subplots(1, 2, figsize=(8, 3))
     for axis, (title, net) in zip(axes, nets.items()):
-        points, who = map_of(net)
-        axis.scatter(*points.T, c=who, cmap="tab10", s=8)
+        places, who = map_of(net)
+        axis.scatter(*places.T, c=who, cmap="tab10", s=8)
         axis.set(title=title, xticks=[], yticks=[])
     show("tsne.png")
 
@@ -1511,7 +1810,7 @@ if LEVEL == "boss":
     tasks = valid["new alphabets"][: 2 * settings["check"]]
     scores = predict(tasks[:, :, 0], tasks[:, :, 1])
     tuned = torch.tensor([name == "proto-ANIL" for name, _ in solvers])
-    table = {
+    worth = {
         "one net, metric start": scores[:1, :1],
         "one net, then proto-ANIL": scores[1:2, :1],
         "the same, all symmetries": scores[1:2],
@@ -1519,13 +1818,13 @@ if LEVEL == "boss":
         "all nets, proto-ANIL": scores[tuned][:, :1],
         "all nets, all symmetries": scores,
     }
-    print(f"{len(tasks)} validation tasks            query by query   jointly")
-    for name, part in table.items():
+    say(f"{len(tasks)} validation tasks            query by query   jointly")
+    for name, part in worth.items():
         mean = part.mean((0, 1))
         both = [(guess == truth).float().mean().item() for guess in (mean.argmax(-1), decide_jointly(mean))]
-        print(f"{name:32} {both[0]:13.3f} {both[1]:10.3f}")
-        table[name] = both
-    summary |= dict(items=table)
+        say(f"{name:32} {both[0]:13.3f} {both[1]:10.3f}")
+        worth[name] = both
+    summary |= dict(items=worth)
 
 # %% [markdown] tags=["report"]
 # Both decisions on the test tasks of the sample, scored by the judge; the submission is one of the two.
@@ -1536,7 +1835,7 @@ if MAIN and ANSWERS:
         path = OUT / "decisions" / f"{name}.csv"
         write_submission(path, guess.flatten().tolist())
         summary |= {f"score_{name}": float(score_submission(path, ANSWERS))}
-        print(f"{name} decision: {summary[f'score_{name}']:.4f}")
+        say(f"{name} decision: {summary[f'score_{name}']:.4f}")
 
 # %% [markdown] tags=["report"]
 # **7. What is reading once worth?** A training task the official way (list a character's folder, decode
@@ -1554,19 +1853,18 @@ def by_file(tasks):
 
 
 slow, fast = (milliseconds(partial(by_file, 4)) / 4, milliseconds(lambda: draw_tasks(training, 64)) / 64)
-print(f"{1000 / slow:10,.0f} tasks/s from files, {1000 / fast:10,.0f} tasks/s by index")
-print(f"{summary['examples_per_second']:10,.0f} tasks/s in training (median of all epochs)")
+say(f"{1000 / slow:10,.0f} tasks/s from files, {1000 / fast:10,.0f} tasks/s by index")
+say(f"{summary['examples_per_second']:10,.0f} tasks/s in training (median of all epochs)")
 
 # %% cellView="form" jupyter={"source_hidden": true} tags=["common:result"]
 # @title Result
-result = {"hw": HW, "level": LEVEL, "data": "real" if REAL else "sample", "profile": PROFILE, "seed": SEED}
+result = {"hw": HW, "level": LEVEL, "without": OFF, "data": "real" if REAL else "sample", "profile": PROFILE}
 result |= {"metric": METRIC, "score": score, **summary, "seconds": round(time.perf_counter() - START, 1)}
-result |= {"device": machine, "torch": torch.__version__, "settings": settings}
+result |= {"device": machine, "torch": torch.__version__, "seed": SEED, "settings": settings}
 if MAIN:
-    import pandas as pd
-
     with aside(OUT / "history.csv") as part:
         pd.DataFrame(history).to_csv(part, index=False)
     with aside(OUT / "result.json") as part:
         part.write_text(json.dumps(result, indent=1, default=str))
-print(f"submission: {submission}\nscore: {METRIC} {score}\nresult: {OUT / 'result.json'}")
+    LOCK.release(force=True)
+say(f"submission: {submission}\nscore: {METRIC} {points}\nresult: {OUT / 'result.json'}")

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -8,27 +9,47 @@ import pytest
 TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS), str(TESTS / "tools"), str(TESTS / "offline")]
 
+import jupytext
+import nbformat
 import sitecustomize
 from nbmake.nb_run import NotebookRun
-from notebooks import scripts
+from notebooks import common_cells, scripts
 from runner import Run, environment
 
 HOMEWORKS = [path.stem for path in scripts([])]
+TOY = "toy"  # tests/toy.py: stands for all homeworks in the tests of the common cells
+EVERY = ("test_run", "test_resume")  # what every homework must pass, the toy first
 
 
 def pytest_generate_tests(metafunc):
     if "hw" in metafunc.fixturenames:
-        common = metafunc.definition.get_closest_marker("common")
         own = [hw for hw in HOMEWORKS if metafunc.module.__name__ == f"test_{hw.lower()}"]
-        metafunc.parametrize("hw", own or (HOMEWORKS[:1] if common else HOMEWORKS), scope="session")
+        if metafunc.definition.get_closest_marker("common"):
+            own = [TOY]
+        elif metafunc.module.__name__ in EVERY:
+            own = [TOY, *HOMEWORKS]
+        metafunc.parametrize("hw", own or HOMEWORKS, scope="session")
 
 
-def pytest_collection_modifyitems(items):
-    """A homework's tests share their reference runs, so they stay on one of the two workers."""
-    for item in items:
-        hw = item.callspec.params.get("hw", "") if hasattr(item, "callspec") else ""
-        common = "common" if item.get_closest_marker("common") or not hw else ""
-        item.add_marker(pytest.mark.xdist_group(hw + common))
+def group(nodeid):
+    """A homework's tests share their reference runs and one worker; the toy's go where there is room."""
+    hw = re.search(r"test_(hw\d\d)\.py|\[(hw\d\d)", nodeid.lower())
+    if hw:
+        return hw[1] or hw[2]
+    together = ("kaggles_own_client", "test_tools.py")  # one port; one toy
+    return next((name for name in together if name in nodeid), nodeid)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Instead of --dist loadgroup, whose marks xdist 3.8 loses with pytest 9.2."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return group(nodeid)
+
+    return Groups(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -39,19 +60,44 @@ def no_network(tmp_path_factory):
     assert not Path(os.environ["OFFLINE_LOG"]).exists(), Path(os.environ["OFFLINE_LOG"]).read_text()
 
 
-@pytest.fixture
-def script(hw):
+def build_toy(folder):
+    """TOY.py and TOY.ipynb: the common cells where tests/toy.py has their tags."""
+    text = (TESTS / "toy.py").read_text(encoding="utf-8")
+    for tag, cell in common_cells().items():
+        line = f'# %% tags=["{tag}"]\n'
+        assert text.count(line) == 1, tag
+        text = text.replace(line, line + cell.source + "\n")
+    script = folder / "TOY.py"
+    script.write_text(text, encoding="utf-8")
+    write_notebook(script)
+    return script
+
+
+def write_notebook(script):
+    book = jupytext.reads(script.read_text(encoding="utf-8"), fmt="py:percent")
+    book.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+    nbformat.write(book, script.with_suffix(".ipynb"))
+
+
+@pytest.fixture(scope="session")
+def script(hw, tmp_path_factory):
+    if hw == TOY:
+        return build_toy(tmp_path_factory.mktemp("toy"))
     return TESTS.parent / hw / f"{hw}.py"
 
 
 @pytest.fixture
 def run(tmp_path):
     """run(script, **environment) -> Run; none may try to reach the network."""
+    started = []
 
     def start(script, folder=tmp_path, **wanted):
-        return Run(script, folder, **wanted)
+        started.append(Run(script, folder, **wanted))
+        return started[-1]
 
     yield start
+    for one in started:
+        one.wait(0)
     tried = tmp_path / "offline.log"
     assert not tried.exists(), f"the network was wanted: {tried.read_text()}"
 
@@ -61,13 +107,13 @@ def changed(tmp_path):
     """changed(script, old, new) -> a copy of the script with one place changed."""
 
     def change(script, *pairs):
-        text = script.read_text()
+        text = script.read_text(encoding="utf-8")
         for old, new in zip(pairs[::2], pairs[1::2], strict=True):
             assert text.count(old) == 1, f"{old!r} is there {text.count(old)} times"
             text = text.replace(old, new)
         copy = tmp_path / "changed" / script.name
         copy.parent.mkdir(exist_ok=True)
-        copy.write_text(text)
+        copy.write_text(text, encoding="utf-8")
         return copy
 
     return change
@@ -82,31 +128,45 @@ def outcome(folder):
     return result, files[0].read_bytes()
 
 
+def one_sentence(ended, *words):
+    """The run stopped by itself, with a sentence that has these words, and without a traceback."""
+    assert ended.code == 1, f"{ended.code}: {ended.text}"
+    assert "Traceback" not in ended.text, ended.text
+    for word in words:
+        assert re.search(word, ended.text), f"{word!r} is not in:\n{ended.text}"
+
+
 @pytest.fixture(scope="session")
-def straight(hw, tmp_path_factory):
+def straight(hw, script, tmp_path_factory):
     """The reference: a tiny boss run of the script that nobody disturbed -> (result, submission, folder)."""
     folder = tmp_path_factory.mktemp(f"{hw}-straight")
-    run = Run(TESTS.parent / hw / f"{hw}.py", folder).wait()
+    run = Run(script, folder).wait()
     assert run.code == 0, run.text
     assert not (folder / "offline.log").exists()
     return *outcome(folder), folder
 
 
-@pytest.fixture(scope="session")
-def notebook(hw, tmp_path_factory):
-    """The lone notebook in an empty folder, run without a network -> (executed notebook, folder)."""
-    folder = tmp_path_factory.mktemp(f"{hw}-notebook")
-    copy = folder / f"{hw}.ipynb"
-    copy.write_bytes((TESTS.parent / hw / f"{hw}.ipynb").read_bytes())
-    before = dict(os.environ)
-    wanted = environment(HW_PROFILE="tiny", HW_DATA="sample", OFFLINE_LOG=folder / "offline.log")
+def execute(copy, seconds=120, **wanted):
+    """The notebook as nbmake runs it, in its own folder -> the executed notebook."""
+    before, offline = dict(os.environ), copy.with_name("offline.log")
+    wanted = {"HW_PROFILE": "tiny", "HW_DATA": "sample", "OFFLINE_LOG": offline} | wanted
     os.environ.clear()
-    os.environ.update(wanted)
+    os.environ.update(environment(**wanted))
     try:
-        result = NotebookRun(copy, 120).execute()
+        result = NotebookRun(copy, seconds).execute()
     finally:
         os.environ.clear()
         os.environ.update(before)
+    assert not offline.exists(), offline.read_text()
+    return result
+
+
+@pytest.fixture(scope="session")
+def notebook(hw, script, tmp_path_factory):
+    """The lone notebook in an empty folder, run without a network -> (executed notebook, folder)."""
+    folder = tmp_path_factory.mktemp(f"{hw}-notebook")
+    copy = folder / f"{hw}.ipynb"
+    copy.write_bytes(script.with_suffix(".ipynb").read_bytes())
+    result = execute(copy)
     assert result.error is None, result.error.trace
-    assert not (folder / "offline.log").exists(), (folder / "offline.log").read_text()
     return result.nb, folder

@@ -8,7 +8,9 @@ import multiprocessing
 import os
 import runpy
 import signal
+import socket
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -26,31 +28,33 @@ PACKAGES = [
     "torchvision.transforms.v2",
     "gymnasium.envs.box2d.lunar_lander",
 ]
-os.environ["OMP_NUM_THREADS"] = (
-    "1"  # two test workers on two cores: more threads would only wait for each other
-)
+os.environ["OMP_NUM_THREADS"] = "1"  # two test workers on two cores: more threads would only wait
+os.environ["MPLCONFIGDIR"] = str(Path(tempfile.gettempdir(), "matplotlib-of-the-tests"))  # fonts, listed once
+HOME = tempfile.TemporaryDirectory(prefix="home-of-the-tests-")  # nobody's ~/.kaggle, ~/.ipython, ~/.cache
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload([*PACKAGES, "sklearn.feature_selection", "scipy.sparse.csgraph"])
 
 
 def environment(**wanted):
     """What a run inherits: no HW_ settings and no credentials but those a test gives, and no network."""
-    banned = ("HW_", "KAGGLE", "PYTEST", "COLAB")
+    banned = ("HW_", "KAGGLE", "PYTEST", "COLAB", "ACCELERATE", "WORLD_SIZE", "RANK", "LOCAL_RANK", "TQDM")
     mine = {name: value for name, value in os.environ.items() if not name.startswith(banned)}
-    mine |= {"PYTHONPATH": str(TESTS / "offline"), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    mine |= {"PYTHONPATH": str(TESTS / "offline"), "OMP_NUM_THREADS": "1", "HOME": HOME.name}
     return mine | {name: str(value) for name, value in wanted.items()}
 
 
-def child(script, folder, env, patch):
+def child(script, folder, log, env, patch):
     """In the new process: become `python script`."""
     os.environ.clear()
     os.environ.update(env)
     os.chdir(folder)
     sys.path.insert(0, str(TESTS / "offline"))
-    out = os.open("run.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)
     os.dup2(out, 2)
-    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    encoding = env.get("PYTHONIOENCODING", "utf-8")
+    sys.stdout = os.fdopen(1, "w", buffering=1, encoding=encoding)
+    sys.stderr = os.fdopen(2, "w", buffering=1, encoding=encoding, errors="backslashreplace")
     sys.argv = [str(script)]
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background would ignore it
     import sitecustomize
@@ -74,18 +78,15 @@ def child(script, folder, env, patch):
 class Run:
     """One run of a script in `folder`; `patch` is Python code that spoils something first."""
 
-    def __init__(self, script, folder, patch="", **wanted):
-        self.folder, self.log = Path(folder), Path(folder, "run.log")
-        self.log.unlink(missing_ok=True)
-        wanted = {
-            "HW_PROFILE": "tiny",
-            "HW_DATA": "sample",
-            "OFFLINE_LOG": self.folder / "offline.log",
-        } | wanted
-        arguments = (script, self.folder, environment(**wanted), patch)
+    def __init__(self, script, folder, patch="", log="run.log", **wanted):
+        self.folder, self.log = Path(folder), Path(folder, log)
+        if self.log.is_file():  # it may be a terminal
+            self.log.unlink()
+        offline = self.folder / "offline.log"
+        wanted = {"HW_PROFILE": "tiny", "HW_DATA": "sample", "OFFLINE_LOG": offline} | wanted
+        arguments = (script, self.folder, self.log, environment(**wanted), patch)
         self.process = context.Process(target=child, args=arguments)
         self.process.start()
-        self.started = time.monotonic()
         self.started = time.monotonic()
 
     def age(self):
@@ -93,12 +94,16 @@ class Run:
 
     def kill_after(self, seconds):
         """SIGKILL at that age, wherever the run is then; did it still live?"""
-        self.until(lambda: time.monotonic() - self.started > seconds)
+        self.until(lambda: self.age() > seconds)
         self.process.kill()
         return self.wait().code == -9
 
-    def wait(self):
-        self.process.join()
+    def wait(self, seconds=240):
+        """Until it ends; one that hangs is killed, and the test sees its code."""
+        self.process.join(seconds)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
         return self
 
     def until(self, condition, seconds=120):
@@ -112,8 +117,22 @@ class Run:
 
     @property
     def text(self):
-        return self.log.read_text() if self.log.exists() else ""
+        return self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
 
     @property
     def code(self):
         return self.process.exitcode
+
+
+def ranks(script, folder, count=2, **wanted):
+    """One run on several processes (gloo on the CPU), as torchrun would start it; rank 1 writes run1.log."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    wanted = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"} | wanted
+    wanted |= {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    both = []
+    for rank in range(count):
+        log = f"run{rank or ''}.log"
+        both.append(Run(script, folder, log=log, RANK=rank, LOCAL_RANK=rank, **wanted))
+    return both

@@ -98,7 +98,7 @@ def test_margin_loss():
 
 def test_margin_grows_and_a_collapse_halves_it():
     given = dict(settings={"margin": 0.2}, speakers=range(24))
-    parts = pick(SCRIPT, "margin_at", "check", "Stop", "SCALE", np=np, **given)
+    parts = pick(SCRIPT, "margin_at", "check", "Stop", "SCALE", np=np, say=print, **given)
     assert parts.margin_at(0) == 0 and parts.margin_at(0.15) == pytest.approx(0.1)
     assert parts.margin_at(0.5) == 0.2 and parts.margin_at(0.95) == pytest.approx(0.3)
     guard = {"bad": torch.tensor(0.0), "ease": torch.tensor(1.0)}
@@ -290,7 +290,7 @@ def test_split_archive_of_another_edition(run, tmp_path):
     for k, piece in enumerate(("aa", "ab", "ac")):
         third = slice(k * len(data) // 3, (k + 1) * len(data) // 3)
         (folder / f"Dataset.tar.gz.part{piece}").write_bytes(data[third])
-    wanted = {"HW_DATA": "real", "HW_DATA_DIR": folder, "HW_EPOCHS": 2, "HW_POOL": "sap"}
+    wanted = {"HW_DATA": "real", "HW_DATA_DIR": folder, "HW_EPOCHS": 2, "HW_POOLING": "sap"}
     done = run(SCRIPT, HW_ABLATION="false", **wanted).wait()
     assert done.code == 0, done.text
     assert "speakers: 5 (course: 600), train: 30 (course: 56666), test: 7" in done.text
@@ -319,12 +319,13 @@ def test_bad_files_are_named_before_any_training(run, tmp_path):
         assert f"{names[number]} {fault}" in ended.text
     assert f"{names[4]} has values that are no numbers" in ended.text
     assert ended.text.count(".pt ") == 10, "the first ten, not all"
-    assert not (tmp_path / "out").exists() and not list(home.glob("packed-*/*"))
+    assert {path.suffix for path in (tmp_path / "out").rglob("*") if path.is_file()} <= {".lock"}
+    assert not list(home.glob("packed-*/*"))
 
 
 def packing(home, **more):
     names = ["read_utterance", "pack"]
-    stop = pick(SCRIPT, "Stop", "aside")
+    stop = pick(SCRIPT, "Stop", "aside", "remove", "MARK")
     plumbing = dict(Stop=stop.Stop, aside=stop.aside, ThreadPoolExecutor=ThreadPoolExecutor, Path=Path)
     plumbing |= dict(np=np, torch=torch, shutil=shutil, tqdm=lambda over, *a, **k: over, QUIET=True)
     return pick(SCRIPT, *names, HOME=home, PACK=home / "packed", n_mels=40, **plumbing | more)
@@ -396,7 +397,10 @@ def test_validator_rejects(straight, fault, tmp_path):
     name, who = lines[5].split(",")
     number = {speaker: k for k, speaker in enumerate(sorted({line[-7:] for line in lines[1:-1]}))}
     given = dict(
-        number=number, speakers=list(number), test_files=[line.split(",")[0] for line in lines[1:-1]]
+        number=number,
+        speakers=list(number),
+        test_files=[line.split(",")[0] for line in lines[1:-1]],
+        say=print,
     )
     check = pick(SCRIPT, "check_submission", "Stop", **given)
     lines = {
@@ -420,7 +424,8 @@ def test_few_speakers_are_only_a_warning(straight, tmp_path, capsys):
     lines = straight[1].decode().split("\n")
     names = [line.split(",")[0] for line in lines[1:-1]]
     number = {f"id{k:05d}": k for k in range(12)}
-    check = pick(SCRIPT, "check_submission", "Stop", number=number, speakers=list(number), test_files=names)
+    given = dict(number=number, speakers=list(number), test_files=names, say=print)
+    check = pick(SCRIPT, "check_submission", "Stop", **given)
     path = tmp_path / "submission.csv"
     path.write_text("\n".join(["Id,Category", *(f"{name},id00003" for name in names), ""]))
     check.check_submission(path)
@@ -487,5 +492,25 @@ def test_a_diverged_training_says_so(run, changed, tmp_path):
 
 
 def test_unknown_pool(run, tmp_path):
-    ended = run(SCRIPT, HW_POOL="max").wait()
-    assert ended.code == 1 and "POOL is 'max'" in ended.text and "Traceback" not in ended.text
+    ended = run(SCRIPT, HW_POOLING="max").wait()
+    assert ended.code == 1 and "POOLING is 'max'" in ended.text and "Traceback" not in ended.text
+
+
+def trained_anew(run, straight, script, tmp_path):
+    """The stages that start anew when this script finds the checkpoints of the straight run."""
+    before = straight[2] / "out/HW04/boss-sample/checkpoint"
+    shutil.copytree(before, tmp_path / "out/HW04/boss-sample/checkpoint")
+    stages = {path.name.split(".pt")[0].rpartition(".")[0] for path in before.iterdir()}
+    done = run(script).wait()
+    assert done.code == 0, done.text
+    return {stage for stage in stages if f"{stage}: going on after" not in done.text}
+
+
+@pytest.mark.parametrize("what", ["loss", "report"])
+def test_what_makes_a_checkpoint_useless(run, straight, changed, tmp_path, what):
+    old, new = {
+        "loss": ("SCALE = 30.0", "SCALE = 25.0"),
+        "report": ('"attention only": (True, False)', '"attention only": (True, True)'),
+    }[what]
+    anew = trained_anew(run, straight, changed(SCRIPT, old, new), tmp_path)
+    assert len(anew) == 4 if what == "loss" else anew == {"ablation attention only"}, anew

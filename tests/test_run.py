@@ -4,9 +4,27 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from conftest import outcome
-from runner import environment
+from notebooks import facts, read_script, tag_of
+from runner import environment, ranks
+
+# What two processes do to a submission: "equal" up to the last digits (for all not named here), a share
+# of the answers that may differ, or in words why they cannot be compared.
+TWO = {"toy": "each process draws its own dropout"}
+
+
+def ideas(script):
+    """The rows of the levels table that the boss has and something below it has not."""
+    for cell in read_script(script).cells:
+        if tag_of(cell) == "levels":
+            space = {"choose": lambda levels, sizes: {}, "say": print}
+            exec(cell.source.split("settings =")[0], space)
+            return [
+                name for name, row in space["LEVELS"].items() if any(value != row[3] for value in row[:3])
+            ]
+    raise AssertionError("there is no cell with the tag levels")
 
 
 def test_lone_notebook_runs_offline(notebook, straight):
@@ -19,42 +37,100 @@ def test_lone_notebook_runs_offline(notebook, straight):
 
 
 @pytest.mark.parametrize("level", ["simple", "medium", "strong"])
-def test_every_level_runs(run, script, hw, level, tmp_path):
+def test_every_level_runs(run, script, level, tmp_path):
     done = run(script, HW_LEVEL=level).wait()
     assert done.code == 0, done.text
     result, submission = outcome(tmp_path)
     assert result["level"] == level and result["score"] is not None and submission
     expected = {"hw", "level", "data", "profile", "metric", "score", "valid_score", "parameters", "seed"}
-    assert expected | {"examples_per_second", "seconds", "device", "torch"} <= set(result)
+    assert expected | {"examples_per_second", "seconds", "device", "torch", "settings"} <= set(result)
 
 
-def test_two_runs_with_one_seed_are_equal_and_another_seed_differs(run, script, hw, straight, tmp_path):
+def test_each_idea_can_be_switched_off(run, script, straight, tmp_path):
+    """All at once; what is off, and nothing else, has another value."""
+    names, boss = ideas(script), straight[0]["settings"]
+    together = run(script, HW_WITHOUT=",".join(names)).wait()
+    assert together.code == 0, together.text
+    result, _ = outcome(tmp_path)
+    assert {name for name in boss if boss[name] != result["settings"][name]} == {*names}
+    assert result["without"] == sorted(names)
+
+
+def test_two_runs_with_one_seed_are_equal_and_another_seed_differs(run, script, straight, tmp_path):
     assert run(script).wait().code == 0
     assert outcome(tmp_path)[1] == straight[1]
     assert run(script, HW_SEED=7).wait().code == 0
     assert outcome(tmp_path)[1] != straight[1]
 
 
+def answers(submission):
+    """The items of a text submission: numbers as numbers."""
+    rows = [line.rsplit(b",", 1) for line in submission.splitlines()[1:]]
+    try:
+        return [row[0] for row in rows], np.array([float(row[-1]) for row in rows])
+    except ValueError:
+        return [row[0] for row in rows], np.array([row[-1] for row in rows])
+
+
 def test_two_processes_make_one_submission(script, hw, straight, tmp_path):
-    """gloo on the CPU: every test item once, one file, the same items in the same order."""
-    wanted = {"HW_PROFILE": "tiny", "HW_DATA": "sample", "ACCELERATE_USE_CPU": "true"}
-    env = environment(OFFLINE_LOG=tmp_path / "offline.log", **wanted)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([*command, str(script)], cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    """gloo on the CPU: every test item once, one file, the same answers as one process where that is due."""
+    first, second = (one.wait() for one in ranks(script, tmp_path))
+    assert (first.code, second.code) == (0, 0), first.text + second.text
     assert not (tmp_path / "offline.log").exists(), (tmp_path / "offline.log").read_text()
-    assert done.stdout.count("is valid") == 1, "only the main process speaks"
-    result, submission = outcome(tmp_path)
-    if b"\0" not in submission:  # a text has a line an item
-        assert len(submission.splitlines()) == len(straight[1].splitlines())
-    assert result["score"] is not None
+    assert "on 2 x cpu" in first.text and first.text.count("is valid") == 1
+    assert second.text == "", "only the main process speaks"
     assert not list(tmp_path.glob("out/**/*.part"))
+    result, submission = outcome(tmp_path)
+    assert result["score"] is not None
+    if b"\0" in submission:
+        return  # no text
+    (names, values), (alone_names, alone) = answers(submission), answers(straight[1])
+    assert names == alone_names and len(values) == len(alone)
+    due = TWO.get(hw, "equal")
+    if due == "equal" and values.dtype.kind == "f":
+        np.testing.assert_allclose(values, alone, rtol=1e-3, atol=1e-5)
+    elif due == "equal":
+        assert (values == alone).mean() > 0.99
+    elif isinstance(due, float):
+        assert (values != alone).mean() <= due
 
 
 @pytest.mark.common
-def test_plain_python(script, hw, straight, tmp_path):
-    """Once without the test's own runner: `python HW01.py` in an empty folder."""
+def test_plain_python(script, straight, tmp_path):
+    """Once without the test's own runner: `python TOY.py` in an empty folder."""
     env = environment(HW_PROFILE="tiny", HW_DATA="sample", OFFLINE_LOG=tmp_path / "offline.log")
     subprocess.run([sys.executable, str(script)], cwd=tmp_path, env=env, check=True)
     assert outcome(tmp_path)[1] == straight[1]
     assert sorted(os.listdir(tmp_path)) == ["data", "out"]
+
+
+@pytest.mark.common
+def test_torchrun(script, tmp_path):
+    """Once as a cluster starts it."""
+    wanted = {"HW_PROFILE": "tiny", "HW_DATA": "sample", "HW_LEVEL": "simple", "ACCELERATE_USE_CPU": "true"}
+    env = environment(OFFLINE_LOG=tmp_path / "offline.log", **wanted)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run([*command, str(script)], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "on 2 x cpu" in done.stdout and done.stdout.count("is valid") == 1
+    assert outcome(tmp_path)[0]["score"] is not None
+
+
+def test_facts(script):
+    """What the common cells read is there, and NEEDS names packages that are installed here."""
+    known = facts(script)
+    assert {
+        "NEEDS",
+        "OWN",
+        "LESS_MEMORY",
+        "MIXED_PRECISION",
+        "MIRRORS",
+        "HASHES",
+        "SLUG",
+        "JUDGE",
+    } <= known.keys()
+    assert (
+        len(known["OWN"]) <= 3
+        and "kagglehub" not in known["NEEDS"]
+        and {"torch", "filelock"} <= {*known["NEEDS"]}
+    )

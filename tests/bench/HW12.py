@@ -1,4 +1,6 @@
-"""HW12: steps in the environment per second, a fleet against one lander that asks the net at every step."""
+"""HW12: the official sample's REINFORCE against the notebook's boss; and steps per second."""
+
+import time
 
 import gymnasium as gym
 import numpy as np
@@ -8,9 +10,22 @@ from torch import nn
 
 SCRIPT = ROOT / "HW12" / "HW12.py"
 FACTS = {name: value for name, value in facts(SCRIPT).items() if name.isupper()}
-NAMES = ["make_env", "think", "Fleet", "as_pilot", "advantage", "weigh", "log_pi", "policy_loss"]
-CLIP = dict(clip=0.0, weight="reward to go", scale=0.1, gamma=0.99, lam=1.0)
-LANDERS, STEPS = 16, 256
+NAMES = [
+    "make_env",
+    "think",
+    "Fleet",
+    "fly",
+    "trial",
+    "evaluate",
+    "collect",
+    "make_net",
+    "as_pilot",
+    "log_pi",
+]
+NAMES += ["normalise", "add_up", "reward_now", "reward_to_go", "advantage", "WEIGHTS", "ask", "clipped"]
+NAMES += ["make_batch", "shuffled", "descend", "teach_actor", "teach_critic", "fly_and_learn"]
+NAMES += ["TRAIN_SEEDS", "VALID_SEEDS", "LEVELS", "SIZES"]
+UPDATES = 400  # of the official sample's stored run
 
 
 class Net(nn.Module):
@@ -40,6 +55,7 @@ def official_flights(net, env, episodes):
 
 
 def official_update(net, optimizer, env):
+    """Five flights, the reward of each step, normalised; the SUM of the losses, as there."""
     kept, rewards = official_flights(net, env, 5)
     weight = (rewards - rewards.mean()) / (rewards.std() + 1e-9)
     optimizer.zero_grad()
@@ -48,48 +64,66 @@ def official_update(net, optimizer, env):
     return len(rewards)
 
 
-def noise(steps):
-    return -torch.empty(steps, LANDERS, 4).exponential_().log().numpy()
-
-
-def our_update(ours, net, optimizer, fleet):
-    """The same update with a fleet: whole flights without a graph, one batch for the gradient."""
-    fleet.start(torch.randint(2**31, (LANDERS,)).tolist())
-    flights = fleet.fly(pilot_of(net), noise(1000))
-    flown = flights["flown"]
-    x, action = torch.tensor(flights["x"][flown]), torch.tensor(flights["action"][flown])
-    weight = flights["reward"][flown]
-    weight = torch.tensor((weight - weight.mean()) / (weight.std() + 1e-9))
-    hidden = torch.tanh(net.two(torch.tanh(net.one(x))))
-    loss, _ = ours.policy_loss(net.three(hidden), action, weight, None)
-    optimizer.zero_grad()
-    loss.sum().backward()
-    optimizer.step()
-    return int(flown.sum())
-
-
 def pilot_of(net):
     layers = (net.one, net.two, net.three)
     return [(layer.weight.detach().numpy().T.copy(), layer.bias.detach().numpy()) for layer in layers]
 
 
-def cases():
+def notebook():
+    """The notebook's own functions, with the settings of its boss."""
     torch.set_num_threads(1)  # as in the notebook, and as good for the sample's way
+    settings = {}
+    ours = pick(SCRIPT, *NAMES, **FACTS | {"settings": settings, "PROFILE": "small", "Stop": RuntimeError})
+    for rows in (ours.LEVELS, ours.SIZES["small"]):
+        settings.update({name: row[3] for name, row in rows.items()})
+    return ours
+
+
+def race(seed=0):
+    """(what, our seconds, official seconds) to the best validation of the official recipe.
+
+    Theirs: 400 updates, a validation every 50 that the clock does not count; its seconds are those until its
+    best one. Ours: the boss from nothing, by its own loop, a validation after every batch that the clock DOES
+    count, until one is as good. Both validations are the notebook's: one flight from each of 20 seeds."""
+    ours = notebook()
+    torch.manual_seed(seed)
+    net, env = Net(), gym.make(FACTS["ENVIRONMENT"])
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.001)
+    env.reset(seed=1_000_000 + seed)
+    best, official, seconds = -np.inf, 0.0, 0.0
+    for update in range(1, UPDATES + 1):
+        tic = time.perf_counter()
+        official_update(net, optimizer, env)
+        seconds += time.perf_counter() - tic
+        if update % 50 == 0:
+            value = ours.evaluate(pilot_of(net))
+            if value > best:
+                best, official = value, seconds
+    tic, value = time.perf_counter(), -np.inf
+    torch.manual_seed(seed)
+    nets = {"actor": ours.make_net(4, 0.01), "critic": ours.make_net(1, 1.0)}
+    optimizers = {
+        name: torch.optim.Adam(one.parameters(), eps=1e-5, fused=True) for name, one in nets.items()
+    }
+    fleet, progress = ours.Fleet(16), {"steps": 0, "landings": []}
+    while value < best:
+        ours.fly_and_learn(fleet, nets, optimizers, progress, progress["steps"] + 1)
+        value = ours.evaluate(ours.as_pilot(nets["actor"].state_dict()))
+    mine = time.perf_counter() - tic
+    return f"seconds to the official sample's score (mean return {best:.0f})", mine, official
+
+
+def cases():
+    ours = notebook()
     torch.manual_seed(0)
-    ours = pick(SCRIPT, *NAMES, **FACTS, settings=CLIP, Stop=RuntimeError)
-    net, env, fleet = Net(), gym.make(FACTS["ENVIRONMENT"]), ours.Fleet()
-    updates = [torch.optim.SGD(net.parameters(), lr=0.0) for _ in range(2)]  # lr 0: all repeats fly alike
+    net, env, fleet = Net(), gym.make(FACTS["ENVIRONMENT"]), ours.Fleet(16)
     env.reset(seed=543)
-    fleet.start(range(LANDERS))
+    fleet.start(range(16))
+    noise = np.random.default_rng(0).gumbel(size=(256, 16, 4))
     return {
-        "HW12": (
+        "HW12/flying": (
             "steps in the environment per second, choosing moves",
-            lambda: fleet.fly(pilot_of(net), noise(STEPS), again=True)["flown"].size,
+            lambda: ours.fly(fleet, pilot_of(net), noise, again=True)["flown"].size,
             lambda: len(official_flights(net, env, 12)[0]),
-        ),
-        "HW12/update": (
-            "steps in the environment per second, whole updates",
-            lambda: sum(our_update(ours, net, updates[0], fleet) for _ in range(3)),
-            lambda: sum(official_update(net, updates[1], env) for _ in range(3)),
-        ),
+        )
     }

@@ -1,6 +1,6 @@
-"""make release HW=03: execute a notebook at boss on the full sample and keep clean outputs and the figures.
+"""make release HW=03: execute a notebook at boss on the sample; keep clean outputs, figures and the hero.
 
-The lower levels run first, in the same folder, for the report compares what it finds there.
+In a homework of the first edition the lower levels run before it, in the same folder.
 """
 
 import os
@@ -12,39 +12,57 @@ from pathlib import Path
 
 import nbformat
 import sync
-from notebooks import LEVELS, ROOT, digest, scripts
+from notebooks import LEVELS, ROOT, digest, read_script, scripts, second_edition
 from run import execute
+from shape import budget, log_lines
+
+HERO = 40_000  # bytes: it is in every copy of the notebook
 
 
-def clean(notebook):
-    """Nothing but text and pictures: no widgets, no progress bars, no times of day."""
+def clean(notebook, hw):
+    """Nothing but text and pictures: no widgets, no times of day, and no warnings."""
     notebook.metadata.pop("widgets", None)
+    complaints = ""
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
-        if cell.cell_type == "code":
-            cell.outputs = [out for out in cell.outputs if out.get("name") != "stderr"]
-            for out in cell.outputs:
-                out.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
+        for out in cell.get("outputs", []):
+            if out.get("name") == "stderr":
+                complaints += out.text
+            out.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
+    if complaints:
+        raise SystemExit(f"{hw} wrote warnings, nothing is kept: mend what causes them.\n{complaints}")
+
+
+def keep_figures(hw, figures):
+    """The hero and those that the deck names."""
+    deck = ROOT / "slides" / f"{hw}.md"
+    named = deck.read_text(encoding="utf-8") if deck.exists() else ""
+    hero = figures / "hero.jpg"
+    if hero.exists() and hero.stat().st_size > HERO:
+        raise SystemExit(f"{hw}: hero.jpg has {hero.stat().st_size} bytes, at most {HERO} are kept")
+    for figure in sorted(figures.glob("*")):
+        name = f"figures/{hw}-{figure.name}"
+        if figure == hero or name in named:
+            shutil.copy(figure, ROOT / "slides" / name)
 
 
 def release(path):
+    hw = path.stem
     for name in [name for name in os.environ if name.startswith("HW_")]:
         del os.environ[name]
     os.environ |= {"TQDM_DISABLE": "1", "HW_DATA": "sample"}
     with tempfile.TemporaryDirectory() as folder:
-        for level in LEVELS[:-1]:
-            command = [sys.executable, str(path)]
-            subprocess.run(command, cwd=folder, env=os.environ | {"HW_LEVEL": level}, check=True)
+        if not second_edition(read_script(path)):
+            for level in LEVELS[:-1]:
+                command = [sys.executable, str(path)]
+                subprocess.run(command, cwd=folder, env=os.environ | {"HW_LEVEL": level}, check=True)
         notebook = nbformat.read(path.with_suffix(".ipynb"), as_version=4)
         execute(notebook, folder)
-        clean(notebook)
-        notebook.metadata["source_sha256"] = digest(notebook)
-        path.with_suffix(".ipynb").write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")
-        deck = ROOT / "slides" / f"{path.stem}.md"
-        for figure in sorted(Path(folder, "out", path.stem, "boss-sample", "figures").iterdir()):
-            name = f"figures/{path.stem}-{figure.name}"
-            if deck.exists() and name in deck.read_text(encoding="utf-8"):
-                shutil.copy(figure, ROOT / "slides" / name)
+        clean(notebook, hw)
+        keep_figures(hw, Path(folder, "out", hw, "boss-sample", "figures"))
+    notebook.metadata["source_sha256"] = digest(notebook)
+    path.with_suffix(".ipynb").write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")
+    print(f"{hw}: released; it printed {log_lines(notebook.cells)} lines, {budget(hw)['log']} are its budget")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 With --check nothing is written: every difference is printed, and the exit code is 1 if there was one.
 """
 
+import base64
 import re
 import sys
 
@@ -10,14 +11,18 @@ import jupytext
 import nbformat
 import tables
 from jupytext.config import load_jupytext_config
-from notebooks import LEVELS, METADATA, ROOT, common_cells, fill, read_script, scripts, tag_of
+from notebooks import LEVELS, METADATA, ROOT, common_cells, fill, read_script, scripts, second_edition, tag_of
 
 CHECK = "--check" in sys.argv
+WANTED = [word for word in sys.argv[1:] if not word.startswith("-")]  # 01 03 ...; none: all
 
 
 def block(text, mark):
     """What stands between <!-- mark --> and <!-- /mark -->."""
-    return re.search(rf"<!-- {mark} -->\n(.*?)<!-- /{mark} -->", text, re.DOTALL)[1]
+    found = re.search(rf"<!-- {mark} -->\n(.*?)<!-- /{mark} -->", text, re.DOTALL)
+    if not found:
+        raise SystemExit(f"<!-- {mark} --> ... <!-- /{mark} --> is missing in: {text[:60]!r}")
+    return found[1]
 
 
 def script_text(path):
@@ -36,7 +41,22 @@ def script_text(path):
     cells[4] = lambda level: tables.seconds(hw, level)
     ladder = tables.refill(block(header.source, "ladder"), LEVELS, cells)
     header.source = fill(header.source, "ladder", ladder)
+    if second_edition(notebook):
+        header.source = fill(header.source, "box", tables.box(hw))
+        for cell in notebook.cells:
+            if cell.cell_type == "markdown":
+                cell.source = tables.headings(hw, cell.source)
+        notebook.cells[tags.index("measured")].source = tables.measured_cell(hw)
     return jupytext.writes(notebook, fmt="py:percent", config=load_jupytext_config(str(path)))
+
+
+def with_hero(text, hw):
+    """The header's picture as a data address: Colab shows no other, and a lone copy has nothing beside it."""
+    picture = ROOT / "slides" / "figures" / f"{hw}-hero.jpg"
+    if not picture.exists():
+        return text
+    address = f"data:image/jpeg;base64,{base64.b64encode(picture.read_bytes()).decode()}"
+    return re.sub(r"(!\[[^]]*\])\(hero\)", rf"\1({address})", text)
 
 
 def notebook_text(path, script):
@@ -50,6 +70,7 @@ def notebook_text(path, script):
         cell.metadata.pop("lines_to_next_cell", None)
         if cell.cell_type == "code" and before:
             cell.outputs, cell.execution_count = before.outputs, before.execution_count
+    notebook.cells[0].source = with_hero(notebook.cells[0].source, path.stem)
     notebook.metadata = METADATA | {
         key: old.metadata[key] for key in ("source_sha256",) if key in old.metadata
     }
@@ -68,7 +89,8 @@ def readme_text(path):
     return fill(text, "bench", tables.readme_bench())
 
 
-def main():
+def main(readme=not WANTED):
+    """All homeworks and the README, or the named homeworks alone."""
     stale = []
 
     def settle(path, text):
@@ -77,13 +99,15 @@ def main():
             if not CHECK:
                 path.write_text(text, encoding="utf-8")
 
-    for path in scripts([]):
+    for path in scripts(WANTED):
         script = script_text(path)
         settle(path, script)
         settle(path.with_suffix(".ipynb"), notebook_text(path.with_suffix(".ipynb"), script))
-    for deck in sorted((ROOT / "slides").glob("HW??.md")):
-        settle(deck, deck_text(deck))
-    settle(ROOT / "README.md", readme_text(ROOT / "README.md"))
+        deck = ROOT / "slides" / f"{path.stem}.md"
+        if deck.exists():
+            settle(deck, deck_text(deck))
+    if readme:
+        settle(ROOT / "README.md", readme_text(ROOT / "README.md"))
     for path in stale:
         print(f"{path.relative_to(ROOT)} {'differs: run make sync' if CHECK else 'written'}")
     return bool(stale and CHECK)
