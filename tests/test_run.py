@@ -12,7 +12,12 @@ from runner import environment, ranks
 
 # What two processes do to a submission: "equal" up to the last digits (for all not named here), a share
 # of the answers that may differ, or in words why they cannot be compared.
-TWO = {"toy": "each process draws its own dropout"}
+TWO = {
+    "toy": "each process draws its own dropout",
+    "HW02": "each process draws its own batches and dropout",
+    "HW04": "each process draws its own segments and dropout",
+    "HW15": "each process draws its own tasks",
+}
 
 
 def ideas(script):
@@ -82,8 +87,8 @@ def test_two_processes_make_one_submission(script, hw, straight, tmp_path):
     assert not list(tmp_path.glob("out/**/*.part"))
     result, submission = outcome(tmp_path)
     assert result["score"] is not None
-    if b"\0" in submission:
-        return  # no text
+    if b"\0" in submission or submission.startswith(b"{"):
+        return  # no table: HW12's own test compares the bytes, HW14 writes a report of its run
     (names, values), (alone_names, alone) = answers(submission), answers(straight[1])
     assert names == alone_names and len(values) == len(alone)
     due = TWO.get(hw, "equal")
