@@ -4,6 +4,7 @@ Every process is forked from a clean server that imported the packages and did n
 good as `python HW01.py`, and can be killed like it.
 """
 
+import functools
 import multiprocessing
 import os
 import runpy
@@ -30,16 +31,21 @@ PACKAGES = [
 ]
 os.environ["OMP_NUM_THREADS"] = "1"  # two test workers on two cores: more threads would only wait
 os.environ["MPLCONFIGDIR"] = str(Path(tempfile.gettempdir(), "matplotlib-of-the-tests"))  # fonts, listed once
-HOME = tempfile.TemporaryDirectory(prefix="home-of-the-tests-")  # nobody's ~/.kaggle, ~/.ipython, ~/.cache
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload([*PACKAGES, "sklearn.feature_selection", "scipy.sparse.csgraph"])
+
+
+@functools.cache
+def home():
+    """Nobody's ~/.kaggle, ~/.ipython, ~/.cache; made by the tests, not by each run that imports this file."""
+    return tempfile.TemporaryDirectory(prefix="home-of-the-tests-")
 
 
 def environment(**wanted):
     """What a run inherits: no HW_ settings and no credentials but those a test gives, and no network."""
     banned = ("HW_", "KAGGLE", "PYTEST", "COLAB", "ACCELERATE", "WORLD_SIZE", "RANK", "LOCAL_RANK", "TQDM")
     mine = {name: value for name, value in os.environ.items() if not name.startswith(banned)}
-    mine |= {"PYTHONPATH": str(TESTS / "offline"), "OMP_NUM_THREADS": "1", "HOME": HOME.name}
+    mine |= {"PYTHONPATH": str(TESTS / "offline"), "OMP_NUM_THREADS": "1", "HOME": home().name}
     return mine | {name: str(value) for name, value in wanted.items()}
 
 
