@@ -1593,7 +1593,8 @@ def show_worth():
     costs = dict(sorted(costs.items(), key=lambda pair: pair[1]))
     plt.figure(figsize=(8, 2.6))
     bars = plt.barh(list(costs), list(costs.values()))
-    plt.bar_label(bars, fmt="%.2g", padding=3)
+    plt.bar_label(bars, fmt="%.3g", padding=3)
+    plt.margins(x=0.12)  # room for the numbers
     half = (max(boss) - min(boss)) / 2
     plt.axvspan(-half, half, color="C7", alpha=0.4, label="half the range of the boss's seeds")
     plt.xlabel(f"{METRIC}: what the boss loses without the idea")

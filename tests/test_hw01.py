@@ -303,7 +303,7 @@ def test_constant_rates_are_learned_without_a_traceback(run, real):
 
 
 def test_a_diverged_training_says_so(run, changed):
-    wild = changed(SCRIPT, "(1e-5,", "(1e5,")
+    wild = changed(SCRIPT, "(2e-5,", "(2e5,")
     one_sentence(run(wild, HW_LEVEL="simple").wait(), "diverged", "lower `rate`")
 
 
