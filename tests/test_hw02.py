@@ -3,8 +3,6 @@
 import itertools
 import json
 import shutil
-import subprocess
-import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -13,7 +11,7 @@ import pytest
 import torch
 from conftest import TESTS, outcome
 from notebooks import pick
-from runner import environment
+from runner import ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 SCRIPT = TESTS.parent / "HW02" / "HW02.py"
@@ -447,13 +445,10 @@ def test_two_processes_gather_the_same_answers(straight, tmp_path):
     for name in ("data", "out"):
         shutil.copytree(straight[2] / name, tmp_path / name)
     (tmp_path / "out/HW02/boss-sample/prediction.sample.csv").unlink()
-    wanted = dict(HW_PROFILE="tiny", HW_DATA="sample", ACCELERATE_USE_CPU="true")
-    env = environment(OFFLINE_LOG=tmp_path / "offline.log", **wanted)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([*launch, SCRIPT], cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "\non 2 x cpu" in done.stdout and done.stdout.count("going on after") >= 2
-    assert not [line for line in done.stdout.splitlines() if "loss" in line], "nothing was to be trained"
+    first, second = (one.wait() for one in ranks(SCRIPT, tmp_path))
+    assert (first.code, second.code) == (0, 0), first.text + second.text
+    assert "\non 2 x cpu" in first.text and first.text.count("going on after") >= 2
+    assert not [line for line in first.text.splitlines() if "loss" in line], "nothing was to be trained"
     assert outcome(tmp_path)[1] == straight[1]
 
 

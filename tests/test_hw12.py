@@ -4,16 +4,13 @@ import hashlib
 import json
 import os
 import pickle
-import subprocess
-import sys
 import types
 
 import numpy as np
 import pytest
 import torch
-from conftest import TESTS, outcome
+from conftest import TESTS
 from notebooks import facts, pick
-from runner import environment
 
 SCRIPT = TESTS.parent / "HW12" / "HW12.py"
 KNOWN = {name: value for name, value in facts(SCRIPT).items() if name.isupper()}
@@ -510,15 +507,6 @@ def test_history_figures_and_log(done):
     text = (folder.parents[2] / "run.log").read_text()
     for word in ("unseen seeds: the score", "the judge's five, plain policy", "best of 16: the file"):
         assert word in text, word
-
-
-def test_two_processes_write_the_bytes_of_one(straight, tmp_path):
-    env = environment(HW_PROFILE="tiny", HW_DATA="sample", ACCELERATE_USE_CPU="true")
-    env["OFFLINE_LOG"] = str(tmp_path / "offline.log")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([*command, SCRIPT], cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert outcome(tmp_path)[1] == straight[1]
 
 
 def test_real_is_the_same_moon_and_only_the_boss_picks_its_flights(run, tmp_path):

@@ -46,7 +46,7 @@ def finish(run, script, straight, tmp_path, **wanted):
 
 
 def test_killed_after_a_checkpoint_and_in_the_middle_of_one_of_each_stage(run, script, straight, tmp_path):
-    """In the very first one, after the next, then, always going on, in one of each stage (of many: four)."""
+    """In the very first one, after the next, then, always going on, in one of each stage (of many: three)."""
     files = sorted(checkpoints(straight[2]), key=lambda path: path.stat().st_mtime_ns)
     stages = [path.name.rsplit(".", 2)[0] for path in files]
     assert stages, "the straight run left no checkpoint"
@@ -57,7 +57,7 @@ def test_killed_after_a_checkpoint_and_in_the_middle_of_one_of_each_stage(run, s
     os.kill(second.process.pid, signal.SIGKILL)
     assert second.wait().code == -signal.SIGKILL
     name = 'path.name.endswith(".pt.part")'
-    for stage in stages[:: -(-len(stages) // 4)]:
+    for stage in stages[:: -(-len(stages) // 3)]:
         spoil = SPOIL.format(number=2, end=KILL).replace(name, f'{name} and path.name.startswith("{stage}.")')
         ended = run(script, patch=spoil).wait()
         if ended.code == 0:  # a stage of one checkpoint
