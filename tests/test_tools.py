@@ -360,6 +360,7 @@ def test_mutants_tells_who_survived(toy, script):
         done.stdout + done.stderr
     )
     assert "test_hw99.py::test_half" in lines[1] and done.returncode == 1
+    assert [*json.loads((toy / "out/mutants.json").read_text()).values()] == lines[1].split()[-1:]
     edit(script, "number / 2", "number * 0.5")
     assert "times, not once" in tool(toy, "mutants.py", "99").stderr
     assert "there are some for: HW99" in tool(toy, "mutants.py", "common").stderr

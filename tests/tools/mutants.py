@@ -3,10 +3,12 @@
 A test module ends with MUTANTS, a list of pairs (old text, new text). Each pair goes into a copy of the
 repository, into the homework's script or (of a module of no homework) into the common cells; then the tests
 run there, the module's own first. The first line is the copy as it is, which must pass. Two copies are at
-work at a time. A mutant that no test catches has survived: exit code 1.
+work at a time. A mutant that no test catches has survived: exit code 1. Which test caught a mutant stands in
+out/mutants.json: the next time it is asked first.
 """
 
 import ast
+import json
 import re
 import shutil
 import subprocess
@@ -23,6 +25,7 @@ SKIP = shutil.ignore_patterns(
     ".git", ".venv", "out", "data", "node_modules", "build", "__pycache__", ".*_cache"
 )
 NOT_ASKED = ("test_repo", "test_tools")  # they look at the committed outputs and at the tools
+CAUGHT = ROOT / "out" / "mutants.json"  # {mutant: the test that caught it}: the next time it is asked first
 LIMIT = 900  # seconds; a mutant that runs for ever is noticed, too
 AS_IT_IS = ("", "")
 
@@ -63,25 +66,35 @@ def copy_with(folder, target, hw, old, new):
     )
 
 
-def ask(module, target, old, new):
-    """(passes, caught or broken; the first test that failed; seconds)"""
-    tic, hw = time.monotonic(), homework_of(module)
-    if hw == "common":
-        hw = scripts([])[0].stem
-    command = [sys.executable, "-m", "pytest", "-x", "-rfE", "-p", "no:cacheprovider", *tests_for(module)]
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place, "repo")
-        command += ["--basetemp", f"{place}/tmp"]
-        copy_with(folder, target, hw, old, new)
-        try:
-            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=LIMIT)
-        except subprocess.TimeoutExpired:
-            return "caught", f"it runs for more than {LIMIT} s", time.monotonic() - tic
+def run_tests(folder, tests):
+    """(passes, caught or broken; the first test that failed) in that copy of the repository."""
+    command = [sys.executable, "-m", "pytest", "-x", "-rfE", "-p", "no:cacheprovider", *tests]
+    command += ["--basetemp", f"{folder.parent}/tmp"]
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        return "caught", f"it runs for more than {LIMIT} s"
     failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
     said = {0: "passes", 1: "caught"}.get(done.returncode, "broken")
     if said == "broken":
-        return said, done.stdout[-1500:] + done.stderr[-1500:], time.monotonic() - tic
-    return said, failed[1] if failed else "", time.monotonic() - tic
+        return said, done.stdout[-1500:] + done.stderr[-1500:]
+    return said, failed[1] if failed else ""
+
+
+def ask(module, target, old, new, last):
+    """(passes, caught or broken; the first test that failed; seconds); `last`: who caught it last time."""
+    tic, hw = time.monotonic(), homework_of(module)
+    if hw == "common":
+        hw = scripts([])[0].stem
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place, "repo")
+        copy_with(folder, target, hw, old, new)
+        said, by = "passes", ""
+        if last:
+            said, by = run_tests(folder, [last])
+        if said != "caught":
+            said, by = run_tests(folder, tests_for(module))
+    return said, by, time.monotonic() - tic
 
 
 def short(text):
@@ -98,13 +111,18 @@ def judge(module):
         if text.count(old) != 1:
             raise SystemExit(f"{module.name}: {old!r} is in {target} {text.count(old)} times, not once")
     pairs, bad = [AS_IT_IS, *pairs], 0
+    caught = json.loads(CAUGHT.read_text()) if CAUGHT.exists() else {}
     with ThreadPoolExecutor(2) as pool:
-        answers = pool.map(lambda pair: ask(module, target, *pair), pairs)
+        answers = pool.map(lambda pair: ask(module, target, *pair, caught.get(" -> ".join(pair))), pairs)
         for pair, (said, by, seconds) in zip(pairs, answers, strict=True):
             what = "as it is" if pair == AS_IT_IS else f"{short(pair[0])} -> {short(pair[1])}"
             good = said == ("passes" if pair == AS_IT_IS else "caught")
             if not good:
                 bad, said = bad + 1, {"passes": "SURVIVED", "caught": "FAILS"}.get(said, said)
+            elif said == "caught" and "::" in by:
+                caught[" -> ".join(pair)] = by
+                CAUGHT.parent.mkdir(exist_ok=True)
+                CAUGHT.write_text(json.dumps(caught, indent=1))
             print(f"{said:8} {seconds:4.0f} s  {what}  {by}", flush=True)
     print(f"{module.name}: {len(pairs) - 1} mutants, {bad} lines are not as they should be")
     return bad
