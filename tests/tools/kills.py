@@ -58,7 +58,7 @@ def straight(script):
         assert run.code == 0, run.text
         gaps = []
         for number, line in enumerate(Path(folder, "saves.log").read_text().splitlines()):
-            stage, moment = line.split()
+            stage, _, moment = line.rpartition(" ")  # a stage may have blanks in its name
             gaps.append((stage, number, float(moment) - before))
             before = float(moment)
         return submission(folder), seconds, gaps
