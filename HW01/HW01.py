@@ -32,7 +32,7 @@
 # |---|---|---|---|---|
 # | simple | a small net on all 117 raw columns, as in the official sample | 1.883 ± 0.228 | 2.28371 | 39 |
 # | medium | only the four past rates, brought to one scale | 0.566 ± 0.039 | 1.4943 | 12 |
-# | strong | the *change* as target, 24 columns chosen by a test, AdamW | 0.178 ± 0.005 | 1.05728 | 11 |
+# | strong | the *change* as target, 24 columns chosen by a test | 0.178 ± 0.005 | 1.05728 | 11 |
 # | boss | differences, windows from the later period, weight decay, a ridge regression beside the net | 0.129 ± 0.001 | 0.86161 | 15 |
 # <!-- /ladder -->
 
@@ -832,8 +832,8 @@ def past_rates(days, day):
 # Four columns are few: today's survey is known too. `f_regression` asks each column alone how well a straight
 # line through it explains the rate; the best 24 stay (blue). And the net guesses the **change** since the day
 # before, $\hat y = r_\text{before} + f(x)$. The rate itself is twice as high in the test rows: a net would
-# have to extrapolate. The change is alike in both, as the second figure showed. AdamW, with a rate that rises
-# and falls, trains a larger net.
+# have to extrapolate. The change is alike in both, as the second figure showed. AdamW trains a larger net
+# in a few epochs.
 
 # %%
 from sklearn.feature_selection import f_regression

@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -126,6 +127,16 @@ def outcome(folder):
     files = [file for file in path.parent.iterdir() if file.is_file() and ".sample." in file.name]
     assert len(files) == 1, files
     return result, files[0].read_bytes()
+
+
+def trained_anew(run, straight, script, tmp_path):
+    """The stages that start anew when this script finds the checkpoints of the straight run."""
+    before = next(straight[2].glob("out/*/*/checkpoint"))
+    shutil.copytree(before, tmp_path / before.relative_to(straight[2]))
+    stages = {path.name.split(".pt")[0].rpartition(".")[0] for path in before.iterdir()}
+    done = run(script).wait()
+    assert done.code == 0, done.text
+    return {stage for stage in stages if f"{stage}: going on after" not in done.text}
 
 
 def one_sentence(ended, *words):

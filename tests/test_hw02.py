@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TESTS, outcome
+from conftest import TESTS, outcome, trained_anew
 from notebooks import pick
 from runner import ranks
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -450,16 +450,6 @@ def test_two_processes_gather_the_same_answers(straight, tmp_path):
     assert "\non 2 x cpu" in first.text and first.text.count("going on after") >= 2
     assert not [line for line in first.text.splitlines() if "loss" in line], "nothing was to be trained"
     assert outcome(tmp_path)[1] == straight[1]
-
-
-def trained_anew(run, straight, script, tmp_path):
-    """The stages that start anew when this script finds the checkpoints of the straight run."""
-    before = straight[2] / "out/HW02/boss-sample/checkpoint"
-    shutil.copytree(before, tmp_path / "out/HW02/boss-sample/checkpoint")
-    stages = {path.name.split(".pt")[0].rpartition(".")[0] for path in before.iterdir()}
-    done = run(script).wait()
-    assert done.code == 0, done.text
-    return {stage for stage in stages if f"{stage}: going on after" not in done.text}
 
 
 @pytest.mark.parametrize("what", ["loss", "report"])

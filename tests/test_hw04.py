@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import TESTS, outcome
+from conftest import TESTS, outcome, trained_anew
 from notebooks import pick
 from torch.nn import functional as F
 
@@ -494,16 +494,6 @@ def test_a_diverged_training_says_so(run, changed, tmp_path):
 def test_unknown_pool(run, tmp_path):
     ended = run(SCRIPT, HW_POOLING="max").wait()
     assert ended.code == 1 and "POOLING is 'max'" in ended.text and "Traceback" not in ended.text
-
-
-def trained_anew(run, straight, script, tmp_path):
-    """The stages that start anew when this script finds the checkpoints of the straight run."""
-    before = straight[2] / "out/HW04/boss-sample/checkpoint"
-    shutil.copytree(before, tmp_path / "out/HW04/boss-sample/checkpoint")
-    stages = {path.name.split(".pt")[0].rpartition(".")[0] for path in before.iterdir()}
-    done = run(script).wait()
-    assert done.code == 0, done.text
-    return {stage for stage in stages if f"{stage}: going on after" not in done.text}
 
 
 @pytest.mark.parametrize("what", ["loss", "report"])

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TESTS
+from conftest import TESTS, trained_anew
 from notebooks import LEVELS, pick
 from PIL import Image
 from torch.nn import functional as F
@@ -449,16 +449,6 @@ def test_a_bad_file_stops_the_run_before_anything_is_written(run, straight, tmp_
     assert ended.code == 1 and "train-images-idx3-ubyte has 5000 bytes" in ended.text
     assert "Traceback" not in ended.text
     assert {path.suffix for path in (tmp_path / "out").rglob("*") if path.is_file()} <= {".lock"}
-
-
-def trained_anew(run, straight, script, tmp_path):
-    """The stages that start anew when this script finds the checkpoints of the straight run."""
-    before = straight[2] / "out/HW14/boss-sample/checkpoint"
-    shutil.copytree(before, tmp_path / "out/HW14/boss-sample/checkpoint")
-    stages = {path.name.split(".pt")[0].rpartition(".")[0] for path in before.iterdir()}
-    done = run(script).wait()
-    assert done.code == 0, done.text
-    return {stage for stage in stages if f"{stage}: going on after" not in done.text}
 
 
 def test_what_makes_a_checkpoint_useless(run, straight, changed, tmp_path):

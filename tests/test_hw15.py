@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import TESTS, outcome
+from conftest import TESTS, outcome, trained_anew
 from notebooks import pick
 from PIL import Image
 from torch import nn
@@ -480,16 +480,6 @@ def test_sample_thresholds():
         ("boss", 0.86, 1),
     ):
         assert sum(low <= score <= high for score in levels[level]["scores"]) >= 2, level
-
-
-def trained_anew(run, straight, script, tmp_path):
-    """The stages that start anew when this script finds the checkpoints of the straight run."""
-    before = straight[2] / "out/HW15/boss-sample/checkpoint"
-    shutil.copytree(before, tmp_path / "out/HW15/boss-sample/checkpoint")
-    stages = {path.name.split(".pt")[0].rpartition(".")[0] for path in before.iterdir()}
-    done = run(script).wait()
-    assert done.code == 0, done.text
-    return {stage for stage in stages if f"{stage}: going on after" not in done.text}
 
 
 @pytest.mark.parametrize("what", ["loss", "way", "report"])
