@@ -15,6 +15,7 @@ from runner import environment, ranks
 TWO = {
     "toy": "each process draws its own dropout",
     "HW02": "each process draws its own batches and dropout",
+    "HW03": "batch norm sees each process's own share of a batch",
     "HW04": "each process draws its own segments and dropout",
     "HW14": "its file is a report of its run",
     "HW15": "each process draws its own tasks",
