@@ -232,7 +232,7 @@ def test_answers_of_the_test_part_are_never_learned(run, straight, tmp_path):
 @pytest.mark.parametrize("what", ["turns", "report"])
 def test_what_makes_a_checkpoint_useless(run, straight, changed, tmp_path, what):
     old, new = {
-        "turns": ("between(-0.28, 0.28, n)", "between(-0.3, 0.3, n)"),
+        "turns": ('if settings["geometry"]:', 'if settings["geometry"] is True:'),
         "report": ("confusion >= 0.05", "confusion >= 0.06"),
     }[what]
     anew = trained_anew(run, straight, changed(SCRIPT, old, new), tmp_path)
