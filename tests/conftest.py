@@ -147,16 +147,6 @@ def one_sentence(ended, *words):
         assert re.search(word, ended.text), f"{word!r} is not in:\n{ended.text}"
 
 
-@pytest.fixture(scope="session")
-def straight(hw, script, tmp_path_factory):
-    """The reference: a tiny boss run of the script that nobody disturbed -> (result, submission, folder)."""
-    folder = tmp_path_factory.mktemp(f"{hw}-straight")
-    run = Run(script, folder).wait()
-    assert run.code == 0, run.text
-    assert not (folder / "offline.log").exists()
-    return *outcome(folder), folder
-
-
 def execute(copy, seconds=120, **wanted):
     """The notebook as nbmake runs it, in its own folder -> the executed notebook."""
     before, offline = dict(os.environ), copy.with_name("offline.log")
@@ -180,4 +170,16 @@ def notebook(hw, script, tmp_path_factory):
     copy.write_bytes(script.with_suffix(".ipynb").read_bytes())
     result = execute(copy)
     assert result.error is None, result.error.trace
+    outputs = [out for cell in result.nb.cells for out in cell.get("outputs", [])]
+    printed = "".join(out.get("text", "") + out.get("data", {}).get("text/html", "") for out in outputs)
+    folder.joinpath("run.log").write_text(printed, encoding="utf-8")
     return result.nb, folder
+
+
+@pytest.fixture(scope="session")
+def straight(notebook):
+    """The reference: that tiny boss run, which nobody disturbed -> (result, submission, folder).
+
+    The tests of the kills compare it with runs of the script: notebook and script must give the same bytes.
+    """
+    return *outcome(notebook[1]), notebook[1]

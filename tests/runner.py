@@ -5,6 +5,7 @@ good as `python HW01.py`, and can be killed like it.
 """
 
 import functools
+import gc
 import multiprocessing
 import os
 import runpy
@@ -49,8 +50,26 @@ def environment(**wanted):
     return mine | {name: str(value) for name, value in wanted.items()}
 
 
+def no_pictures():
+    """A file instead of each picture: drawing takes half of a tiny run, and the notebook's run does it."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    draw = FigureCanvasAgg.print_figure
+
+    def print_figure(canvas, path, *args, **how):
+        if "acc_summary" in str(path):  # HW14 hands it in
+            draw(canvas, path, *args, **how)
+        else:
+            Path(path).write_bytes(b"no picture: only a notebook's run draws")
+
+    FigureCanvasAgg.print_figure = print_figure
+    FigureCanvasAgg.draw_idle = lambda canvas: None
+
+
 def child(script, folder, log, env, patch):
     """In the new process: become `python script`."""
+    gc.freeze()  # what the server imported is never garbage
+    no_pictures()
     os.environ.clear()
     os.environ.update(env)
     os.chdir(folder)

@@ -398,10 +398,10 @@ def test_test_alphabets_are_never_read(run, real):
     evil.write_bytes(b"no picture")
     stop = "import torchvision.datasets as d\nd.Omniglot = None\nimport PIL.Image as p\nreal = p.open\n"
     stop += "def open(path, *rest):\n    assert 'evaluation' not in str(path)\n    return real(path, *rest)\n"
-    done = run(
-        SCRIPT, HW_DATA="real", HW_DATA_DIR=real, HW_LEVEL="simple", patch=stop + "p.open = open"
-    ).wait()
-    assert done.code == 0 and " and 239 more (the course has 19280)" in done.text, done.text
+    done = run(SCRIPT, HW_DATA="real", HW_DATA_DIR=real, HW_LEVEL="simple", patch=stop + "p.open = open")
+    assert done.until(lambda: "new alphabets: " in done.text), done.text
+    done.process.kill()
+    assert " and 239 more (the course has 19280)" in done.text, done.text
 
 
 def spoil(fault, real):
@@ -451,8 +451,9 @@ def test_odd_folders_are_left_out_and_named(run, real):
     script = real / "Omniglot/images_background/SampleScript01.0"
     shutil.copytree(script, script.with_suffix(".90"))
     Image.open(files[20]).convert("RGB").save(files[20])
-    done = run(SCRIPT, HW_DATA="real", HW_DATA_DIR=real, HW_LEVEL="simple").wait()
-    assert done.code == 0, done.text
+    done = run(SCRIPT, HW_DATA="real", HW_DATA_DIR=real, HW_LEVEL="simple")
+    assert done.until(lambda: "new alphabets: " in done.text), done.text
+    done.process.kill()
     assert "left out: 6 characters that are turned copies, 1 with a single drawing" in done.text
     assert "29 characters (course: 964) of 5 alphabets, 229 drawings" in done.text
     assert "warning: 1 images are not gray" in done.text and "30 test tasks (course: 640)" in done.text
@@ -466,8 +467,10 @@ def test_archives_may_stay_packed(run, real, tmp_path):
     for name in ("Omniglot", "Omniglot-test"):
         with tarfile.open(packed / f"{name.lower()}.tar.gz", "w:gz") as pack:
             pack.add(real / name, name)
-    done = run(SCRIPT, HW_DATA="real", HW_DATA_DIR=packed, HW_LEVEL="simple").wait()
-    assert done.code == 0 and "data: real;" in done.text and " and 239 more" in done.text, done.text
+    done = run(SCRIPT, HW_DATA="real", HW_DATA_DIR=packed, HW_LEVEL="simple")
+    assert done.until(lambda: "new alphabets: " in done.text), done.text
+    done.process.kill()
+    assert "data: real;" in done.text and " and 239 more" in done.text, done.text
 
 
 def test_sample_thresholds():

@@ -10,8 +10,8 @@ from conftest import one_sentence, outcome
 from notebooks import facts, ideas_of, read_script, second_edition
 from runner import environment, ranks
 
-# What two processes do to a submission: "equal" up to the last digits (for all not named here), a share
-# of the answers that may differ, or in words why they cannot be compared.
+# What two processes do to a submission: "equal" up to the last digits (for all not named here), or in
+# words why they cannot be compared; those are run at strong.
 TWO = {
     "toy": "each process draws its own dropout",
     "HW02": "each process draws its own batches and dropout",
@@ -23,23 +23,28 @@ TWO = {
 }
 
 
-def test_lone_notebook_runs_offline(notebook, straight):
+def test_lone_notebook_runs_offline(notebook):
     executed, folder = notebook
     result, submission = outcome(folder)
-    assert result["score"] is not None and result["level"] == "boss" and result["profile"] == "tiny"
+    assert submission and result["score"] is not None
+    assert result["level"] == "boss" and result["profile"] == "tiny"
     counts = [cell.execution_count for cell in executed.cells if cell.cell_type == "code"]
     assert counts == list(range(1, len(counts) + 1))
-    assert submission == straight[1], "script and notebook give different submissions"
 
 
 @pytest.mark.parametrize("level", ["simple", "medium", "strong"])
-def test_every_level_runs(run, script, level, tmp_path):
+def test_every_level_runs(run, script, hw, level, tmp_path):
+    if level == "strong" and hw in TWO:
+        pytest.skip("two processes run it")
     done = run(script, HW_LEVEL=level).wait()
     assert done.code == 0, done.text
     result, submission = outcome(tmp_path)
     assert result["level"] == level and result["score"] is not None and submission
     expected = {"hw", "level", "data", "profile", "metric", "score", "valid_score", "parameters", "seed"}
     assert expected | {"examples_per_second", "seconds", "device", "torch", "settings"} <= set(result)
+    if level == "simple":  # that one seed gives one submission, the tests of the kills show
+        assert run(script, HW_LEVEL=level, HW_SEED=7).wait().code == 0
+        assert outcome(tmp_path)[1] != submission, "another seed changes nothing"
 
 
 def test_each_idea_can_be_switched_off(run, script, straight, tmp_path):
@@ -55,12 +60,6 @@ def test_each_idea_can_be_switched_off(run, script, straight, tmp_path):
     assert result["without"] == sorted(names)
 
 
-def test_another_seed_gives_another_submission(run, script, straight, tmp_path):
-    """That one seed gives one submission, the tests of the notebook and of the kills show."""
-    assert run(script, HW_SEED=7).wait().code == 0
-    assert outcome(tmp_path)[1] != straight[1]
-
-
 def answers(submission):
     """The items of a text submission: numbers as numbers."""
     rows = [line.rsplit(b",", 1) for line in submission.splitlines()[1:]]
@@ -72,15 +71,16 @@ def answers(submission):
 
 def test_two_processes_make_one_submission(script, hw, straight, tmp_path):
     """gloo on the CPU: every test item once, one file, the same answers as one process where that is due."""
-    first, second = (one.wait() for one in ranks(script, tmp_path))
+    due = TWO.get(hw, "equal")
+    level = "boss" if due == "equal" else "strong"
+    first, second = (one.wait() for one in ranks(script, tmp_path, HW_LEVEL=level))
     assert (first.code, second.code) == (0, 0), first.text + second.text
     assert not (tmp_path / "offline.log").exists(), (tmp_path / "offline.log").read_text()
     assert "on 2 x cpu" in first.text and first.text.count("is valid") == 1
     assert second.text == "", "only the main process speaks"
     assert not list(tmp_path.glob("out/**/*.part"))
     result, submission = outcome(tmp_path)
-    assert result["score"] is not None
-    due = TWO.get(hw, "equal")
+    assert result["level"] == level and result["score"] is not None
     if b"\0" in submission or submission.startswith(b"{"):  # no table
         assert due != "equal" or submission == straight[1]
         return
@@ -90,8 +90,6 @@ def test_two_processes_make_one_submission(script, hw, straight, tmp_path):
         np.testing.assert_allclose(values, alone, rtol=1e-3, atol=1e-5)
     elif due == "equal":
         assert (values == alone).mean() > 0.99
-    elif isinstance(due, float):
-        assert (values != alone).mean() <= due
 
 
 @pytest.mark.common
