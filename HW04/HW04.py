@@ -865,8 +865,8 @@ settings = LEVELS[LEVEL] | (LESS[LEVEL] if PROFILE != "full" or len(train) < 500
 if PROFILE == "full":
     settings |= dict(steps=4 * settings["steps"])  # the sample's runs are kept to two minutes
 if PROFILE == "tiny":
-    settings |= dict(width=32, ff=64, heads=2, channels=8, crop=(64, 80), batch_size=32, steps=70)
-    settings |= dict(lr=3e-3, margin=min(settings["margin"], 0.1))
+    settings |= dict(width=32, ff=64, heads=2, channels=8, crop=(64, 80), batch_size=32, steps=100)
+    settings |= dict(lr=2e-3, margin=min(settings["margin"], 0.1))
 settings |= dict(batch_size=min(BATCH_SIZE or settings["batch_size"], len(splits["learn"])))
 settings |= dict(pool=POOLING or settings["pool"])
 each_epoch = -(-len(splits["learn"]) // settings["batch_size"])

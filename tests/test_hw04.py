@@ -485,7 +485,7 @@ def test_kept_weights_have_the_recorded_score_and_random_flatters(run, tmp_path)
 
 
 def test_a_diverged_training_says_so(run, changed, tmp_path):
-    wild = changed(SCRIPT, "settings |= dict(lr=3e-3", "settings |= dict(lr=1e30")
+    wild = changed(SCRIPT, "settings |= dict(lr=2e-3", "settings |= dict(lr=1e30")
     ended = run(wild, HW_LEVEL="strong").wait()
     assert ended.code == 1 and "diverged" in ended.text and "Traceback" not in ended.text
     assert "BATCH_SIZE" in ended.text
