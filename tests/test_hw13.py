@@ -426,7 +426,7 @@ MUTANTS = [
         "model.to(memory_format=torch.contiguous_format)",
     ),
     ("    if together:\n", "    if not together:\n"),
-    ("order = given_train[torch.randperm(len(given_train))]", "order = torch.randperm(first_test)"),
+    ("batches = given_train[torch.randperm(len(given_train))]", "batches = torch.randperm(first_test)"),
     ("    net.eval()\n    answers", "    net.train()\n    answers"),
     ("if view > 0 else", "if view >= 0 else"),
     ('settings["views"]).mean(0)', 'settings["views"])[-1]'),

@@ -17,6 +17,7 @@ TWO = {
     "HW02": "each process draws its own batches and dropout",
     "HW03": "batch norm sees each process's own share of a batch",
     "HW04": "each process draws its own segments and dropout",
+    "HW10": "batch norm sees each process's own share of a batch",
     "HW13": "batch norm sees each process's own share of a batch",
     "HW14": "its file is a report of its run",
     "HW15": "each process draws its own tasks",
