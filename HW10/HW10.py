@@ -16,7 +16,7 @@
 # 給定兩百張影像，要交出兩百張看起來一模一樣的影像：每個位元組最多只能改動 8。目標是讓我們從未見過的模型認不出圖中的東西。課程的想法是：**攻擊也是一種訓練**，只是權重不動，動的是*影像*，讓損失往上走。要騙的模型是黑箱，所以梯度來自我們自己的**替代模型**。能用許多方式騙過許多替代模型的影像，也騙得過陌生的模型。
 #
 # <!-- box -->
-# > **Press *Run all*.** This run is *boss*: expect accuracy 0.056 on the sample in about 4 minutes on two CPU cores. GPU: not measured.
+# > **Press *Run all*.** This run is *boss*: expect accuracy 0.056 on the sample in about 95 seconds on two CPU cores. GPU: not measured.
 # <!-- /box -->
 #
 # Lectures: [adversarial attack](https://youtu.be/xGQKhbjrFRk), [its second part](https://youtu.be/z-Q9ia5H2Ig),
@@ -27,10 +27,10 @@
 # <!-- ladder -->
 # | level | what it adds | sample | course baseline (real data) | seconds |
 # |---|---|---|---|---|
-# | simple | one step uphill (FGSM), by one surrogate | 0.853 ± 0.070 | 0.7 | 182 |
-# | medium | many small steps (I-FGSM), by three surrogates | 0.624 ± 0.077 | 0.5 | 522 |
-# | strong | six families of surrogates, and momentum (MI-FGSM) | 0.282 ± 0.018 | 0.3 | 350 |
-# | boss | each surrogate sees the image zoomed and shifted anew in every step (DIM) | 0.056 ± 0.002 | 0.15 | 254 |
+# | simple | one step uphill (FGSM), by one surrogate | 0.853 ± 0.070 | 0.7 | 133 |
+# | medium | many small steps (I-FGSM), by three surrogates | 0.624 ± 0.077 | 0.5 | 189 |
+# | strong | six families of surrogates, and momentum (MI-FGSM) | 0.282 ± 0.018 | 0.3 | 180 |
+# | boss | each surrogate sees the image zoomed and shifted anew in every step (DIM) | 0.056 ± 0.002 | 0.15 | 95 |
 # <!-- /ladder -->
 
 # %% tags=["parameters"]
