@@ -324,6 +324,12 @@ def test_the_answer_is_the_likeliest_kind_of_the_mean(probe, straight):
     assert guess == probe["probability"].argmax(-1).tolist()
 
 
+def test_all_looks_at_a_photo_count():
+    looks = torch.rand(3, 4, KINDS)
+    given = dict(ask=lambda *_: looks, student=None, images=None, test_rows=None, settings={"views": 3})
+    assert torch.allclose(functions("probability", **given).probability, looks.mean(0))
+
+
 def test_scores_of_validation(probe, straight):
     truth = probe["label"][probe["given_valid"]]
     straight_looks = (probe["held_out"][0].argmax(-1) == truth).float().mean()
