@@ -29,6 +29,10 @@ PACKAGES = [
     "requests",
     "torchvision.transforms.v2",
     "gymnasium.envs.box2d.lunar_lander",
+    "transformers.models.bert.modeling_bert",
+    "captum.attr",
+    "lime.lime_image",
+    "sklearn.decomposition",
 ]
 os.environ["OMP_NUM_THREADS"] = "1"  # two test workers on two cores: more threads would only wait
 os.environ["MPLCONFIGDIR"] = str(Path(tempfile.gettempdir(), "matplotlib-of-the-tests"))  # fonts, listed once
