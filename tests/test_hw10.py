@@ -276,12 +276,15 @@ def test_slopes_are_divided_image_by_image_and_added_up(images):
     assert torch.equal(still["x"], (x + 0.01 * slopes[3].sign()).clamp(0, 1)), "without momentum: I-FGSM"
 
 
-def test_an_image_without_a_slope_stays(images):
+def test_an_image_without_a_slope_stays_until_it_has_one(images):
     x, y = images
-    space = functions("move", "into_box", gradient=lambda nets, x, y, variety: torch.zeros_like(x))
+    slopes = [torch.zeros_like(x), torch.ones_like(x)]
+    space = functions("move", "into_box", gradient=lambda *_: slopes.pop(0))
     state = dict(x=x.clone(), speed=torch.zeros_like(x))
     space.move(state, x, y, [], 0.01, 1.0, 0.0)
     assert torch.equal(state["x"], x)
+    space.move(state, x, y, [], 0.01, 1.0, 0.0)
+    assert torch.equal(state["x"], (x + 0.01).clamp(0, 1))
 
 
 def test_the_ensemble_is_the_mean_of_the_answers(images):
