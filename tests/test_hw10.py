@@ -424,6 +424,20 @@ def test_black_boxes_and_surrogates_are_other_nets_on_other_images(straight):
     assert len(theirs) == 3 and len(ours) == 6 and not theirs & ours
 
 
+def test_black_boxes_learn_from_images_of_their_own(tmp_path):
+    taught = []
+
+    def draw(count, seed):
+        return torch.full((count, 3, 32, 32), seed, dtype=torch.uint8), torch.arange(count) % 10
+
+    given = dict(draw=draw, black_boxes=lambda: {"box": nn.Linear(1, 1)}, QUIET=True, PROFILE="tiny")
+    given["teach"] = lambda net, images, *_: taught.append(int(images.max()))
+    functions("make_sample", **given).make_sample(tmp_path, tmp_path)
+    known = {int(np.asarray(Image.open(path)).max()) for path in tmp_path.rglob("*.png")}
+    known.add(int(np.load(tmp_path / "train.npz")["images"].max()))
+    assert len(known) == 2 and len(taught) == 1 and taught[0] not in known
+
+
 # surrogates and the estimate
 
 
