@@ -2,6 +2,7 @@
 
 import copy
 import math
+import os
 import shutil
 import types
 import zipfile
@@ -531,6 +532,16 @@ def test_no_checkpoint_ends_in_a_sentence_or_learns_from_hw03(run, real, tmp_pat
     assert done.code == 0 and "classifier: loss" in done.text, done.text
 
 
+class Payload:
+    """What makes a folder when it is read by a careless program."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
 @pytest.mark.parametrize("fault", ["keys", "shape", "html", "payload"])
 def test_a_wrong_checkpoint_is_named(run, real, fault):
     path = real / "checkpoint.pth"
@@ -541,8 +552,9 @@ def test_a_wrong_checkpoint_is_named(run, real, fault):
     elif fault == "html":
         path.write_bytes(b"<html>no</html>")
     else:
-        torch.save({"model_state_dict": print}, path)
+        torch.save({"model_state_dict": Payload(real / "opened")}, path)
     one_sentence(run(SCRIPT, HW_DATA="real", HW_DATA_DIR=real).wait(), "checkpoint.pth", r"cnn\.\d")
+    assert not (real / "opened").exists(), "a checkpoint may hold numbers, no code that runs"
 
 
 @pytest.mark.parametrize("fault", ["damaged", "name"])
