@@ -199,9 +199,10 @@ def test_held_out_answers_are_those_of_the_net_that_had_not_learned_the_photo(pr
         right = (guess == probe["label"][check]).float().mean()
         assert right == pytest.approx(float(probe["last"][k]), abs=1e-6)
         start += len(check)
-    assert start == len(probe["checked"])
+    checked = torch.cat([probe[f"check {k}"] for k in range(4)])
+    assert start == len(checked)
     guess = probe["held_out"].mean(0).argmax(-1)
-    right = (guess == probe["label"][probe["checked"]]).float().mean()
+    right = (guess == probe["label"][checked]).float().mean()
     assert straight[0]["valid_score"] == pytest.approx(float(right))
 
 
@@ -216,6 +217,12 @@ def test_the_answer_is_the_likeliest_kind_of_the_mean(probe, straight):
     assert torch.allclose(probe["probability"].sum(-1), torch.ones(66), atol=1e-4)
     guess = [int(line.split(",")[1]) for line in straight[1].decode().split()[1:]]
     assert guess == probe["probability"].argmax(-1).tolist()
+
+
+def test_all_nets_and_all_looks_count():
+    answers = list(torch.rand(4, 3, 5, KINDS))  # nets, looks, photos
+    found = functions("probability", answers=answers).probability
+    assert torch.allclose(found, sum(one.sum(0) for one in answers) / 12)
 
 
 def test_answers_of_the_test_part_are_never_learned(run, straight, tmp_path):
@@ -307,6 +314,12 @@ def test_few_damaged_photos_are_left_out_many_end_the_run(run, real, tmp_path):
     before = sorted(path for path in (tmp_path / "out").rglob("*"))
     one_sentence(run(SCRIPT, **wanted).wait(), "images are damaged: delete .*food11 and fetch it again")
     assert before == sorted(path for path in (tmp_path / "out").rglob("*"))
+
+
+def test_a_damaged_photo_is_not_learned():
+    given = dict(label=torch.arange(20) % KINDS, damaged={13: "x"}, parts={}, say=print)
+    rows = functions("usable", **given).usable("validation", 4, 20)
+    assert rows.tolist() == [*range(4, 13), *range(14, 20)]
 
 
 def test_a_part_without_photos_to_learn_ends_in_a_sentence(run, real):
