@@ -68,6 +68,7 @@ def run_alone(path, names, imports, given):
     wanted = []
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         targets = getattr(node, "targets", None) or [getattr(node, "target", node)]
+        targets = [one for target in targets for one in getattr(target, "elts", [target])]  # A, B = ...
         defined = {getattr(target, "name", getattr(target, "id", "")) for target in targets}
         if defined & {*names} or (imports and isinstance(node, (ast.Import, ast.ImportFrom))):
             wanted.append(node)
