@@ -30,7 +30,7 @@ kept["chinese"] = chinese[1]
 kept["mean"] = torch.cat([weight.flatten() for weight in net.state_dict().values()])
 np.savez("probe.npz", **{name: one.detach().numpy() for name, one in kept.items()})
 lists = dict(mono=mono_zh, learn_en=learn_en, learn_zh=learn_zh, valid_en=valid_en, valid_zh=valid_zh)
-lists |= dict(valid_raw=valid_raw, given=given, references=check[1])
+lists |= dict(valid_raw=valid_raw, given=given)
 Path("probe.json").write_text(json.dumps(lists))
 """
 
@@ -128,7 +128,17 @@ def test_nothing_of_validation_is_learned(probe):
     assert not set(probe.mono) & {*probe.valid_zh, *probe.learn_zh}
     assert len(set(probe.mono)) == len(probe.mono) >= 300
     assert set(probe.valid_raw) <= set(probe.given["raw.zh"])
-    assert probe.references == probe.valid_raw, "BLEU is taken against what was given"
+
+
+def test_a_pair_that_shares_one_side_with_validation_is_not_learned():
+    valid, pairs = [("a", "甲", "甲!")], [("a", "乙", "乙"), ("b", "甲", "甲"), ("b", "乙", "乙")]
+    space = functions("valid_en", "aside_en", "learn", valid=valid, pairs=[*valid, *pairs])
+    assert space.learn == pairs[2:]
+
+
+def test_bleu_is_taken_against_what_was_given():
+    given = dict(packed={"valid_en": "English"}, valid_raw=["甲，乙"], valid_zh=["甲,乙"])
+    assert functions("check", **given).check == ("English", ["甲，乙"], "zh")
 
 
 def test_packed_lines_come_back():
