@@ -18,6 +18,7 @@ TWO = {
     "HW03": "batch norm sees each process's own share of a batch",
     "HW04": "each process draws its own segments and dropout",
     "HW05": "each process draws its own dropout",
+    "HW07": "each process sums the gradients of its own share",
     "HW10": "batch norm sees each process's own share of a batch",
     "HW13": "batch norm sees each process's own share of a batch",
     "HW14": "its file is a report of its run",
