@@ -27,42 +27,11 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 SCRIPT = ROOT / "HW05" / "HW05.py"
-GENERATE = [
-    "NOUNS",
-    "VERBS",
-    "ADJECTIVES",
-    "PERSONS",
-    "PLACES",
-    "TIMES",
-    "NUMBERS",
-    "OWNERS",
-    "LINKS",
-    "PLURAL",
-]
+GENERATE = "NOUNS VERBS ADJECTIVES PERSONS PLACES TIMES NUMBERS OWNERS LINKS PLURAL".split()
 GENERATE += ["rows_of", "Speaker", "spoil", "make_sample"]
 TEXT = ["tidy", "clean_en", "clean_zh", "fits", "WIDE", "BETWEEN", "learn_marks", "write_zh", "bleu"]
-OURS = [
-    "PAD",
-    "LONGEST",
-    "train_pieces",
-    "pack",
-    "tokens_of",
-    "pad",
-    "look_up",
-    "Recurrent",
-    "rate_at",
-    "Attention",
-]
-OURS += [
-    "positions",
-    "Layer",
-    "Transformer",
-    "next_scores",
-    "search",
-    "translate",
-    "make_batches",
-    "make_net",
-]
+OURS = "PAD LONGEST train_pieces pack tokens_of pad look_up Recurrent rate_at Attention".split()
+OURS += "positions Layer Transformer next_scores search translate make_batches make_net".split()
 OURS += ["CLIP", "loss_of", "make_training", "add_weights", "evaluate", "keep_track", "train"]
 
 

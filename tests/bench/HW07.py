@@ -24,19 +24,7 @@ from tqdm import tqdm
 from transformers import BertForMaskedLM, BertForQuestionAnswering
 
 SCRIPT = ROOT / "HW07" / "HW07.py"
-MAKE = [
-    "ASKED",
-    "SURNAMES",
-    "GIVEN",
-    "PLACES",
-    "FIELDS",
-    "KINDS",
-    "LATIN",
-    "WORDS",
-    "RARE",
-    "FACTS",
-    "FILLERS",
-]
+MAKE = "ASKED SURNAMES GIVEN PLACES FIELDS KINDS LATIN WORDS RARE FACTS FILLERS".split()
 MAKE += ["HEARD", "pick_one", "value_of", "write_paragraph", "heard", "ask_three", "add", "make_sample"]
 READ = ["LIMIT", "own_tokenizer", "encode", "answer_tokens", "make_corpus"]
 OURS = ["pack", "question_of", "small_config", "new_net", "hide", "centred", "between", "anywhere"]
