@@ -655,6 +655,33 @@ def test_the_curves_and_the_log(straight):
     assert "windows vote with probabilities" in text
 
 
+class Weight(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        return types.SimpleNamespace(loss=((x * self.weight).sum(1) ** 2).mean())
+
+
+def test_a_batch_in_parts_is_the_batch(functions):
+    """Loss and gradient do not depend on how many sequences fit into the memory."""
+    x, seen = torch.rand(4, 8, 3), []
+    nothing = dict(load_checkpoint=lambda *_, **__: 0, save_checkpoint=lambda *_, **__: None, say=print)
+    for micro in (8, 2):
+        given = dict(accelerator=Accelerator(cpu=True), device="cpu", history=[], QUIET=True, **nothing)
+        names = ("factor", "share_of", "make_log", "train")
+        space = functions(*names, settings={"batch_size": 8, "micro": micro}, **given)
+        net = space.train("x", Weight(), 4, 0.1, False, lambda step: {"x": x[step]}, [])
+        seen.append([*net.weight.tolist(), *(row["loss"] for row in given["history"])])
+    assert seen[0] == pytest.approx(seen[1], rel=1e-4)
+
+
+def test_all_nets_are_asked(functions):
+    each = [torch.rand(2, 5, 41) for _ in range(2)]
+    assert torch.allclose(functions("scores", test_scores=each).scores, (each[0] + each[1]) / 2)
+
+
 def test_two_processes_share_a_batch(functions):
     batch = {"x": torch.arange(32)}
     seen = []
@@ -702,4 +729,7 @@ MUTANTS = [
     ("attention.query.weight.data.copy_(attention.key.weight.data)", "attention.query.weight.data.mul_(2.0)"),
     ('data.decode("utf-8-sig")', 'data.decode("utf-8")'),
     ('max(1, size - settings["width"] + step)', 'max(1, size - settings["width"])'),
+    ("torch.stack(test_scores).mean(0)", "test_scores[0]"),
+    (' * settings["micro"] / settings["batch_size"]', ""),
+    ("        net.bert.load_state_dict(body)\n", "        pass\n"),
 ]
