@@ -664,17 +664,26 @@ class Weight(torch.nn.Module):
         return types.SimpleNamespace(loss=((x * self.weight).sum(1) ** 2).mean())
 
 
+def learned(functions, micro, decay):
+    """(weights, losses) after four steps from the same start."""
+    x, history = torch.rand(4, 8, 3, generator=torch.Generator().manual_seed(0)), []
+    given = dict(load_checkpoint=lambda *_, **__: 0, save_checkpoint=lambda *_, **__: None, say=print)
+    given |= dict(accelerator=Accelerator(cpu=True), device="cpu", history=history, QUIET=True)
+    names = ("factor", "share_of", "make_log", "train")
+    space = functions(*names, settings={"batch_size": 8, "micro": micro}, **given)
+    net = space.train("x", Weight(), 4, 0.1, decay, lambda step: {"x": x[step]}, [])
+    return net.weight.tolist(), [row["loss"] for row in history]
+
+
 def test_a_batch_in_parts_is_the_batch(functions):
     """Loss and gradient do not depend on how many sequences fit into the memory."""
-    x, seen = torch.rand(4, 8, 3), []
-    nothing = dict(load_checkpoint=lambda *_, **__: 0, save_checkpoint=lambda *_, **__: None, say=print)
-    for micro in (8, 2):
-        given = dict(accelerator=Accelerator(cpu=True), device="cpu", history=[], QUIET=True, **nothing)
-        names = ("factor", "share_of", "make_log", "train")
-        space = functions(*names, settings={"batch_size": 8, "micro": micro}, **given)
-        net = space.train("x", Weight(), 4, 0.1, False, lambda step: {"x": x[step]}, [])
-        seen.append([*net.weight.tolist(), *(row["loss"] for row in given["history"])])
-    assert seen[0] == pytest.approx(seen[1], rel=1e-4)
+    for one, other in zip(learned(functions, 8, False), learned(functions, 2, False), strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+
+
+def test_a_falling_rate_moves_the_weights_less(functions):
+    (far, _), (near, _) = learned(functions, 8, False), learned(functions, 8, True)
+    assert all(0 < 1 - late < 0.9 * (1 - early) for early, late in zip(far, near, strict=True))
 
 
 def test_all_nets_are_asked(functions):
@@ -732,4 +741,5 @@ MUTANTS = [
     ("torch.stack(test_scores).mean(0)", "test_scores[0]"),
     (' * settings["micro"] / settings["batch_size"]', ""),
     ("        net.bert.load_state_dict(body)\n", "        pass\n"),
+    ("        scheduler.step()\n", ""),
 ]
