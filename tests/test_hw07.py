@@ -691,6 +691,15 @@ def test_all_nets_are_asked(functions):
     assert torch.allclose(functions("scores", test_scores=each).scores, (each[0] + each[1]) / 2)
 
 
+def test_every_question_of_dev_is_checked_by_one_net(straight):
+    printed = (straight[2] / "run.log").read_text(encoding="utf-8")
+    count = sum(
+        int(re.search(f"<td>{name}</td>\\s*<td>(\\d+)</td>", printed)[1]) for name in ("written", "heard")
+    )
+    data = json.loads((sample_of(straight) / "data" / "hw7_dev.json").read_text(encoding="utf-8"))
+    assert count == len(data["questions"]) > 10
+
+
 def test_two_processes_share_a_batch(functions):
     batch = {"x": torch.arange(32)}
     seen = []
@@ -706,6 +715,7 @@ def test_nothing_of_the_run_is_left_over(straight):
 
 
 MUTANTS = [
+    ("find_answers(known, *checked[-1])", "find_answers(known, *checked[0])"),
     ('right = [line.partition(",")[2] == bare_text(text)', 'right = [line.partition(",")[2] == text'),
     ("zip(test_id, answers)", "zip(test_id, answers[::-1])"),
     ('row["answer_start"], right=True)', 'row["answer_start"])'),
