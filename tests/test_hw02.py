@@ -2,76 +2,91 @@
 
 import itertools
 import json
+import re
 import shutil
+import time
+import types
 from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from conftest import TESTS, outcome, trained_anew
+from accelerate import Accelerator
+from conftest import TESTS, one_sentence, outcome, trained_anew
 from notebooks import pick
 from runner import ranks
+from torch import nn
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from tqdm import tqdm
 
 SCRIPT = TESTS.parent / "HW02" / "HW02.py"
-MEMBERS = {
-    "GRU": dict(net="GRU", layers=2, width=8, front=8, dropout=0.5),
-    "LSTM": dict(net="LSTM", layers=1, width=8, front=8, dropout=0.5),
-    "conformer": dict(net="conformer", layers=2, width=8, heads=2, kernel=5, dropout=0.5, skip=0.1),
-}
-STILL = dict(noise=0.0, speed=0.0, time_mask=0, column_mask=-1, batch_size=4)
+WINDOWS, WHOLE = dict(context=3), dict(context="all")
+PLAIN = dict(layers=2, width=8, norm=True, dropout=0.5, augment=False, blank=10, nets=1)
+NETS = ["layer", "Perceptron", "rectangle", "Recurrent", "Listener", "make_net"]
+BATCHES = ["windows", "make_batches", "make_batch", "my_share", "ask", "between"]
+CHANGES = ["hidden", "between", "changed"]
 
 
-def corpus(sizes, columns=13, seed=0):
-    """What the notebook's functions find on the device: utterances of these sizes, with random frames."""
-    dice, lengths = torch.Generator().manual_seed(seed), torch.tensor(sizes)
-    frames = int(lengths.sum())
-    return dict(
-        flat=torch.randn(frames, columns, generator=dice),
-        classes=torch.randint(41, (frames,), generator=dice).to(torch.uint8),
-        lengths=lengths,
-        offsets=torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)]),
-        owner=torch.repeat_interleave(torch.arange(len(sizes)), lengths),
-        device="cpu",
-        COLUMNS=columns,
-        CLASSES=41,
-        SEED=5,
-    )
-
-
-def process(rank=0, world=1):
+def functions(*names, rank=0, world=1, **given):
     alone = dict(process_index=rank, num_processes=world, reduce=lambda x: x, autocast=nullcontext)
-    return SimpleNamespace(**alone)
+    space = dict(torch=torch, nn=nn, F=F, np=np, types=types, device="cpu", CLASSES=41)
+    space["accelerator"] = SimpleNamespace(**alone)
+    return pick(SCRIPT, "corpus_of", *names, **space | given)
 
 
-def functions(*names, rank=0, world=1, sizes=(9, 4, 17, 4, 12, 1, 30), **given):
-    store = corpus(sizes)
-    wanted = {"frames_of", "windows", "utterances", "delta", "blank", "get_batch", *names}
-    return pick(SCRIPT, *wanted, accelerator=process(rank, world), **store, **given)
+def speech(sizes=(9, 4, 17, 4, 12, 1, 30), columns=13, seed=0):
+    """Utterances of these sizes with random frames and classes."""
+    dice = torch.Generator().manual_seed(seed)
+    x = torch.randn(sum(sizes), columns, generator=dice)
+    y = torch.randint(41, (sum(sizes),), generator=dice).to(torch.uint8)
+    return functions().corpus_of(x, y, torch.tensor(sizes))
+
+
+def sample_of(straight):
+    return straight[2] / "data" / "HW02-sample" / "tiny"
 
 
 def copy_of_the_sample(straight, target):
     """The tiny sample's files, where real files are expected."""
-    return shutil.copytree(straight[2] / "data" / "HW02-sample" / "tiny" / "data" / "libriphone", target)
+    return shutil.copytree(sample_of(straight) / "data" / "libriphone", target)
 
 
 def test_beats_a_constant_answer(straight):
-    result, _, folder = straight
-    answers = np.load(folder / "data" / "HW02-sample" / "tiny" / "answers" / "classes.npy")
-    assert result["score"] > 2 * np.bincount(answers).max() / len(answers)
+    answers = np.load(sample_of(straight) / "answers" / "classes.npy")
+    assert straight[0]["score"] > 1.5 * np.bincount(answers).max() / len(answers)
+
+
+def test_the_judge_takes_the_share_of_right_frames(straight):
+    answers = np.load(sample_of(straight) / "answers" / "classes.npy")
+    guess = [int(line.split(",")[1]) for line in straight[1].decode().split()[1:]]
+    assert straight[0]["score"] == pytest.approx(np.mean(np.array(guess) == answers))
+
+
+# frames and windows
+
+
+def test_a_corpus_knows_where_its_utterances_lie():
+    corpus = speech((3, 1, 2))
+    assert corpus.start.tolist() == [0, 3, 4] and corpus.end.tolist() == [3, 4, 6]
+    assert corpus.owner.tolist() == [0, 0, 0, 1, 2, 2]
+    some = functions("part_of").part_of(corpus, torch.tensor([2, 0]))
+    assert torch.equal(some.x, corpus.x[[4, 5, 0, 1, 2]]) and some.size.tolist() == [2, 3]
+    assert torch.equal(some.y, corpus.y[[4, 5, 0, 1, 2]])
 
 
 def test_windows_stay_in_their_utterance():
     """The gather against the plain way: cut the utterance out, repeat its border frames."""
-    f = functions()
+    corpus, f = speech(), functions("windows")
     for n in (1, 5, 19):
-        found = f.windows(torch.arange(len(f.flat)), n).view(len(f.flat), n, 13)
-        for k, size in enumerate(f.lengths.tolist()):
-            alone = f.flat[f.offsets[k] : f.offsets[k + 1]]
+        found = f.windows(corpus, torch.arange(len(corpus.x)), n).view(len(corpus.x), n, 13)
+        for start, end in zip(corpus.start.tolist(), corpus.end.tolist(), strict=True):
+            alone = corpus.x[start:end]
             padded = torch.cat([alone[:1].expand(n // 2, -1), alone, alone[-1:].expand(n // 2, -1)])
-            for t in range(size):
-                assert torch.equal(found[f.offsets[k] + t], padded[t : t + n])
+            for t in range(end - start):
+                assert torch.equal(found[start + t], padded[t : t + n])
 
 
 class Largest(TorchDispatchMode):
@@ -87,180 +102,234 @@ class Largest(TorchDispatchMode):
 
 
 def test_no_matrix_of_all_windows_is_ever_made():
-    f = functions("make_batches", "predict", sizes=[400] * 100)
-    plan, n = dict(net="MLP", frames=19, batch_size=512), 40000
-    net = torch.nn.Linear(19 * 13, 41)
+    f, corpus = functions(*BATCHES), speech([400] * 100)
+    how, net = PLAIN | dict(context=19), nn.Linear(19 * 13, 41)
     with Largest() as seen:
-        for batch in f.make_batches(plan, torch.arange(100), 1):
-            f.get_batch(batch, plan, True)
-        f.predict(net, plan, torch.arange(100))
-    assert 512 * 19 * 13 <= seen.numbers <= 8192 * 19 * 13 < 0.3 * n * 19 * 13
+        for rows in f.make_batches(corpus, how, 80, torch.Generator()):
+            f.make_batch(corpus, rows, how)
+        f.ask(net, corpus, how)
+    assert 500 * 19 * 13 <= seen.numbers <= 8192 * 19 * 13 < 0.3 * len(corpus.x) * 19 * 13
 
 
-def test_frames_of_keeps_the_order_of_the_utterances():
-    f = functions()
-    wanted = [range(f.offsets[k], f.offsets[k + 1]) for k in (4, 0, 6)]
-    assert f.frames_of(torch.tensor([4, 0, 6])).tolist() == [*itertools.chain(*wanted)]
+def test_utterances_side_by_side():
+    corpus = speech()
+    at, inside = functions("rectangle").rectangle(corpus, torch.tensor([1, 6, 5, 0]))
+    assert at.shape == inside.shape == (4, 30) and inside.sum(1).tolist() == [4, 30, 1, 9]
+    for row, k in enumerate((1, 6, 5, 0)):
+        size = int(corpus.size[k])
+        assert at[row, :size].tolist() == [*range(corpus.start[k], corpus.end[k])]
+        assert inside[row, :size].all() and (at[row] < corpus.end[k]).all()
 
 
-def test_utterances_are_padded_and_their_true_derivatives_added():
-    f, numbers = functions(), torch.tensor([1, 6, 5, 0])
-    x, length, y = f.utterances(numbers, STILL, False)
-    assert x.shape == (4, 30, 39) and length.tolist() == [4, 30, 1, 9]
-    for row, k in enumerate(numbers.tolist()):
-        alone, size = f.flat[f.offsets[k] : f.offsets[k + 1]], int(f.lengths[k])
-        longer = torch.cat([alone[:1], alone, alone[-1:]])
-        assert torch.equal(x[row, :size, :13], alone)
-        assert torch.allclose(x[row, :size, 13:26], (longer[2:] - longer[:-2]) / 2)
-        assert (x[row, size:] == 0).all() and (y[row, size:] == -100).all()
-        assert torch.equal(y[row, :size], f.classes[f.offsets[k] : f.offsets[k + 1]].long())
+# every epoch spoken anew
 
 
 def test_other_speed_keeps_frames_and_classes_together():
-    """Frames that carry their class as a value: wherever two equal frames are mixed, the class must fit."""
-    f = functions(sizes=[60, 80])
-    f.flat[:] = f.classes[:, None].float()
-    for _ in range(20):
-        x, length, y = f.utterances(torch.tensor([0, 1]), STILL | dict(speed=0.1), True)
-        assert (length >= torch.tensor([54, 72])).all() and (length <= torch.tensor([67, 89])).all()
-        whole, low, high = x[..., 0], f.classes.min(), f.classes.max()
-        inside = y >= 0
-        assert (inside.sum(1) == length).all() and whole[inside].min() >= low and whole[inside].max() <= high
-        # the nearest frame has the larger share: the mixture lies on its side of the middle or on it
-        kinds = torch.arange(41)
-        assert all(kind in kinds for kind in y[inside])
-        start = f.classes[f.offsets[:2]].long()
-        assert (y[:, 0] == start).all() and torch.equal(whole[:, 0], start.float())
-    changed = {tuple(f.utterances(torch.tensor([0]), STILL | dict(speed=0.1), True)[1]) for _ in range(20)}
-    assert len(changed) > 3
+    """Frames that carry their class as a value: the mixture of two frames has the nearer one's class."""
+    corpus, f = speech([60, 80]), functions(*CHANGES[1:], hidden=lambda *_: [torch.zeros(2)] * 2)
+    corpus.x[:] = 100.0 * corpus.y[:, None]
+    sizes = set()
+    for seed in range(20):
+        new = f.changed(corpus, 10, torch.Generator().manual_seed(seed))
+        sizes.add(tuple(new.size.tolist()))
+        assert (new.size >= torch.tensor([54, 72])).all() and (new.size <= torch.tensor([67, 89])).all()
+        for k in range(2):
+            x, y = (one[new.start[k] : new.end[k]] for one in (new.x[:, 0], new.y.float()))
+            old = corpus.y[corpus.start[k] : corpus.end[k]].float()
+            assert y[0] == old[0] and abs(float(x[0]) / 100 - y[0]) < 0.01
+            pairs = torch.stack([old, old.roll(-1)], 1)
+            far = (x / 100 - y).abs()
+            assert (far <= (pairs[:, 0] - pairs[:, 1]).abs().max() / 2 + 0.01).all()
+            # where a frame lies between a and b, its class is one of them
+            assert set(y.tolist()) <= set(old.tolist())
+    assert len(sizes) > 10
+    assert torch.equal(corpus.x[:, 5], 100.0 * corpus.y), "what was given stays as it is"
 
 
-def test_blank_hides_one_short_stretch():
-    f = functions()
-    x = torch.ones(200, 50, 13)
-    hidden = (f.blank(x, 1, 10) == 0).all(2)
-    assert hidden.sum(1).max() <= 10 and hidden.sum() > 200
-    assert all(len(set(np.diff(np.flatnonzero(row)))) <= 1 for row in hidden.numpy())
-    hidden = (f.blank(x, 2, 3) == 0).all(1)
-    assert 0 < hidden.sum(1).max() <= 3
-    assert (x == 1).all(), "the frames themselves stay as they are"
+def test_noise_is_a_tenth():
+    corpus, f = speech([400]), functions(*CHANGES[1:], hidden=lambda *_: [torch.zeros(1)] * 2)
+    corpus.x[:] = 0
+    new = f.changed(corpus, 10, torch.Generator().manual_seed(0))
+    assert float(new.x.std()) == pytest.approx(0.1, rel=0.05)
 
 
-@pytest.mark.parametrize("net", ["MLP", "GRU"])
+def test_blanks_are_short_and_within_one_utterance():
+    corpus, f = speech([50] * 100), functions(*CHANGES)
+    corpus.x[:] = 9.0
+    new = f.changed(corpus, 10, torch.Generator().manual_seed(0))
+    blank = new.x == 0
+    assert 0 < blank.float().mean() < 0.35
+    for start, end in zip(new.start.tolist(), new.end.tolist(), strict=True):
+        times, numbers = blank[start:end].all(1), blank[start:end].all(0)
+        assert times.sum() <= 2 * 11 and numbers.sum() <= 3
+        assert len([*itertools.groupby(times.tolist())]) <= 5, "two stretches"
+        expected = times[:, None] | numbers[None]
+        assert torch.equal(blank[start:end], expected)
+    assert blank.any(1).sum() > 200 and (blank.all(1)).sum() > 200
+
+
+@pytest.mark.parametrize("augment", [True, False])
+def test_only_training_is_changed(augment):
+    """What the net learns is changed anew in every epoch, if the level wants it; what it is asked is not."""
+    corpus, seen, asked = speech([20, 30]), [], []
+    f = functions(*NETS, *BATCHES, *CHANGES, "make_optimizer", "train", learn=corpus, check=corpus)
+    space, make_batch, accelerator = f.train.__globals__, f.make_batch, Accelerator(cpu=True)
+
+    def spy(given, rows, how):
+        (seen if torch.is_grad_enabled() else asked).append(given.x)
+        return make_batch(given, rows, how)
+
+    space |= dict(make_batch=spy, accelerator=accelerator, time=time, tqdm=tqdm, QUIET=True, history=[])
+    space |= dict(SEED=0, accuracy=lambda *_: 0.0, fingerprint=lambda one: f"{one[-1]}")
+    space |= dict(load_checkpoint=lambda *_, **__: 0, save_checkpoint=lambda *_, **__: None)
+    how = PLAIN | dict(context=3, augment=augment, epochs=2, batch=50, rate=1e-3, cycle=True, smooth=0.0)
+    f.train("net", how)
+    same = [torch.equal(x, corpus.x) for x in seen]
+    assert asked and all(torch.equal(x, corpus.x) for x in asked)
+    if augment:
+        assert not any(same) and len({float(x.sum()) for x in seen}) == 2, "another change in each epoch"
+    else:
+        assert all(same)
+
+
+# batches and nets
+
+
+@pytest.mark.parametrize("context", [3, "all"])
 @pytest.mark.parametrize("world", [1, 2])
-def test_every_item_is_learned_once_an_epoch(net, world):
-    sizes = [10 + k % 7 for k in range(50)]
-    plan = dict(net=net, batch_size=8 if net == "GRU" else 64)
-    shares = [
-        functions("make_batches", rank=rank, world=world, sizes=sizes).make_batches(plan, torch.arange(50), 3)
-        for rank in range(world)
-    ]
-    items = torch.cat([batch for share in shares for batch in share]).tolist()
-    assert len(items) == len({*items}) and len(items) > (46 if net == "GRU" else sum(sizes) - 66)
-    assert len({len(share) for share in shares}) == 1, "each process takes as many steps"
+def test_every_item_is_learned_once_an_epoch(context, world):
+    corpus, how = speech([10 + k % 7 for k in range(50)]), dict(context=context)
+    shares = []
+    for rank in range(world):
+        f = functions(*BATCHES, rank=rank, world=world)
+        batches = f.make_batches(corpus, how, 6, torch.Generator().manual_seed(3))
+        shares.append([f.my_share(rows) for rows in batches])
+    items = torch.cat([rows for share in shares for rows in share]).tolist()
+    count = 50 if context == "all" else len(corpus.x)
+    assert sorted(items) == [*range(count)] and {len(share) for share in shares} == {6}
 
 
-@pytest.mark.parametrize("net", MEMBERS)
-def test_predictions_are_the_same_with_and_without_buckets(net):
-    sizes = [31, 8, 22, 8, 40, 9, 30, 25, 3]
-    f = functions("predict", "make_model", "Sequence", "Recurrent", "Conformer", "rotate", sizes=sizes)
+def test_batches_hold_about_as_many_frames_of_about_one_length():
+    sizes = np.random.default_rng(0).integers(100, 1000, 200).tolist()
+    corpus, f = speech(sizes, columns=1), functions(*BATCHES)
+    batches = f.make_batches(corpus, dict(context="all"), 20, torch.Generator().manual_seed(0))
+    frames = torch.stack([corpus.size[rows].sum() for rows in batches])
+    longest = torch.stack([corpus.size[rows].max() * len(rows) for rows in batches])
+    assert frames.max() < 1.5 * frames.min() and longest.sum() < 1.12 * frames.sum()
+    mean = torch.stack([corpus.size[rows].float().mean() for rows in batches])
+    assert not torch.equal(mean, mean.sort().values), "not from short to long"
+
+
+@pytest.mark.parametrize("context", [3, "all"])
+def test_an_utterance_is_answered_as_if_it_were_alone(context):
+    """Neither filling nor the order of the batches may be seen in the answers."""
+    corpus = speech([31, 8, 22, 8, 40, 9, 30, 25, 3])
+    f, how = functions(*NETS, *BATCHES, learn=corpus), PLAIN | dict(context=context)
     torch.manual_seed(0)
-    plan = MEMBERS[net] | STILL
-    model = f.make_model(plan)
-    order = torch.tensor([4, 8, 0, 3, 7, 1, 2, 6, 5])
-    bucketed = f.predict(model, plan | dict(batch_size=2), order)
-    alone = torch.cat([f.predict(model, plan, one[None]) for one in order])
-    assert bucketed.shape == (sum(sizes), 41) and torch.allclose(bucketed, alone, atol=1e-5)
-    assert torch.equal(bucketed.argmax(1), alone.argmax(1))
-    assert not torch.allclose(bucketed, f.predict(model, plan, torch.arange(9)), atol=1e-3), "order matters"
+    net = f.make_net(how)
+    together = f.ask(net, corpus, how)
+    part_of = functions("part_of").part_of
+    alone = torch.cat([f.ask(net, part_of(corpus, torch.tensor([k])), how) for k in range(9)])
+    assert together.shape == (176, 41) and torch.allclose(together, alone, atol=1e-5)
+    assert torch.allclose(together.exp().sum(1), torch.ones(176), atol=1e-5) and not net.training
 
 
-@pytest.mark.parametrize("net", ["MLP", "GRU"])
-def test_processes_share_the_frames_without_gap_or_overlap(net):
-    plan = MEMBERS.get(net, dict(net="MLP", frames=3, layers=1, width=8, strong=False, dropout=0.0)) | STILL
-    parts, names = [], ("predict", "make_model", "MLP", "Sequence", "Recurrent")
-    for rank, world in ((0, 1), (0, 3), (1, 3), (2, 3)):
-        f = functions(*names, rank=rank, world=world, sizes=[5000, 7000, 9000, 3, 60, 80, 20])
+def test_the_recurrent_net_hears_the_whole_utterance():
+    """What comes later is heard, and what came before."""
+    corpus = speech([30, 20])
+    f, how = functions(*NETS, *BATCHES, learn=corpus), PLAIN | dict(context="all", dropout=0.0)
+    torch.manual_seed(0)
+    net = f.make_net(how)
+    before = f.ask(net, corpus, how)
+    for changed, seen in ((20, 9), (9, 20)):  # the two convolutions reach four frames
+        other = functions().corpus_of(corpus.x.clone(), corpus.y, corpus.size)
+        other.x[changed] += 3
+        after = f.ask(net, other, how)
+        assert (after[seen] - before[seen]).abs().max() > 1e-5
+        assert torch.allclose(after[30:], before[30:], atol=1e-6)
+
+
+@pytest.mark.parametrize("context", [3, "all"])
+def test_processes_share_the_frames_without_gap_or_overlap(context):
+    corpus, how = speech([60, 300, 80, 20] * 40), PLAIN | dict(context=context)
+    parts = []
+    for rank, world in ((0, 1), (0, 2), (1, 2)):
+        f = functions(*NETS, *BATCHES, rank=rank, world=world, learn=corpus)
         torch.manual_seed(0)
-        parts.append(f.predict(f.make_model(plan | dict(batch_size=1)), plan, torch.arange(3, 7)))
-    mine = torch.stack([(part != 0).any(1) for part in parts[1:]]).sum(0)
-    assert (mine == 1).all() and torch.equal(parts[0], sum(parts[1:]))
+        parts.append(f.ask(f.make_net(how), corpus, how))
+    mine = torch.stack([(part != 0).any(1) for part in parts[1:]])
+    assert (mine.sum(0) == 1).all() and mine.any(1).all() and torch.equal(parts[0], sum(parts[1:]))
 
 
-def test_viterbi_finds_the_best_path():
-    """Against all paths, for utterances of different length side by side."""
-    f = pick(SCRIPT, "viterbi", CLASSES=3)
-    dice = torch.Generator().manual_seed(1)
-    sizes = torch.tensor([5, 1, 4])
-    logp, pairs = (torch.randn(n, 3, generator=dice).log_softmax(1) for n in (10, 3))
-    found = f.viterbi(logp, sizes, 2 * pairs).split(sizes.tolist())
-    for alone, path in zip(logp.split(sizes.tolist()), found, strict=True):
-
-        def score(way, alone=alone):
-            steps = sum(2 * pairs[a, b] for a, b in itertools.pairwise(way))
-            return float(sum(alone[t, c] for t, c in enumerate(way)) + steps)
-
-        assert tuple(path.tolist()) == max(itertools.product(range(3), repeat=len(alone)), key=score)
-    assert torch.equal(f.viterbi(logp, sizes, 0 * pairs), logp.argmax(1))
+def test_what_each_idea_does_to_a_net():
+    corpus = speech()
+    f = functions(*NETS, learn=corpus)
+    kinds = [type(one) for one in f.make_net(PLAIN | dict(context=3)).modules()]
+    assert kinds.count(nn.BatchNorm1d) == 3 and kinds.count(nn.Linear) == 4
+    plain = [type(one) for one in f.make_net(PLAIN | dict(context=3, norm=False)).modules()]
+    assert nn.BatchNorm1d not in plain
+    assert f.make_net(PLAIN | dict(context=3)).hidden[0][0].in_features == 39
+    whole = [type(one) for one in f.make_net(PLAIN | dict(context="all")).modules()]
+    assert whole.count(nn.LSTM) == 4 and whole.count(nn.LayerNorm) == 2
 
 
-def test_pairs_are_counted_within_utterances():
-    f = functions("count_pairs", sizes=[3, 2])
-    f.classes[:] = torch.tensor([1, 1, 2, 7, 7])
-    pairs = f.count_pairs(torch.tensor([0, 1])).exp()
-    assert torch.allclose(pairs.sum(1), torch.ones(41))
-    assert pairs[1, 1] == pairs[1, 2] > pairs[1, 3] and pairs[2, 7] == pairs[2, 8], "no pair across"
+@pytest.mark.parametrize("cycle", [True, False])
+def test_the_rate_rises_for_a_tenth_and_falls_to_zero(cycle):
+    f = functions("make_optimizer")
+    optimizer, scheduler = f.make_optimizer(nn.Linear(2, 2), dict(cycle=cycle, rate=0.01), 100)
+    rates = []
+    for _ in range(100):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    if cycle:
+        assert rates.index(max(rates)) in (9, 10) and max(rates) == pytest.approx(0.01)
+        assert rates[0] < 0.001 and rates[-1] < 1e-5
+    else:
+        assert set(rates) == {0.01}
+
+
+# report
 
 
 def test_distance_to_the_border_of_a_segment():
-    f = pick(SCRIPT, "to_border")
-    y, who = torch.tensor([0, 0, 0, 4, 4, 4, 4, 4, 9, 9]), torch.tensor([0] * 9 + [1])
-    assert f.to_border(y, who).tolist() == [0, 1, 0, 0, 1, 2, 1, 0, 0, 0]
+    y = torch.tensor([0, 0, 0, 4, 4, 4, 4, 4, 9, 9], dtype=torch.uint8)
+    corpus = functions().corpus_of(torch.zeros(10, 1), y, torch.tensor([9, 1]))
+    found = functions("to_border").to_border(corpus)
+    assert found.tolist() == [0, 1, 0, 0, 1, 2, 1, 0, 0, 0]
 
 
 def test_width_of_equal_size():
-    f = functions("width_for", "MLP")
+    f = functions("width_for", "layer", "Perceptron")
     assert abs(f.width_for(6_380_585, 39, 2) - 1765) <= 1
     for inputs, width in ((39, 1024), (143, 128), (247, 1024), (65, 32)):
-        deep = f.MLP(inputs, 6, width, False, 0)
+        deep = f.Perceptron(inputs, 6, width, False, 0)
         count = sum(weight.numel() for weight in deep.parameters())
         assert count == (inputs + 1) * width + 6 * (width**2 + width) + 41 * (width + 1)
-        wide = f.MLP(inputs, 2, f.width_for(count, inputs, 2), False, 0)
+        wide = f.Perceptron(inputs, 2, f.width_for(count, inputs, 2), False, 0)
         assert abs(sum(weight.numel() for weight in wide.parameters()) / count - 1) < 0.01
 
 
-def test_report_and_figures(straight):
-    result, _, folder = straight
-    text = (folder / "run.log").read_text()
-    names = "data curves deep-wide dropout context borders recall strip"
-    assert {path.stem for path in (folder / "out/HW02/boss-sample/figures").iterdir()} == {*names.split()}
-    assert "13 are kept" in text and "42 utterances to learn from, 6 to check on" in text
-    for stage in (
-        "narrow, deep",
-        "wide, shallow",
-        "dropout 0.25",
-        "dropout 0.5",
-        "dropout 0.75",
-        "31 frames",
-    ):
-        kept = (folder / "out/HW02/boss-sample/checkpoint").glob(f"{stage}.????????.pt")
-        assert len(list(kept)) == 1, stage
-        assert text.count(f"\n{stage} ") == 2, "its epoch and its row in the table"
-    assert len(result["by_distance"]) == 7 and result["smoothing_gain"] >= 0
+# files
 
 
 def test_submission_has_all_frames_in_order(straight):
-    _, submission, folder = straight
-    answers = np.load(folder / "data" / "HW02-sample" / "tiny" / "answers" / "classes.npy")
-    lines = submission.decode().split("\n")
+    answers = np.load(sample_of(straight) / "answers" / "classes.npy")
+    lines = straight[1].decode().split("\n")
     assert lines[0] == "Id,Class" and lines[-1] == ""
     assert [line.split(",")[0] for line in lines[1:-1]] == [str(row) for row in range(len(answers))]
 
 
+@pytest.mark.parametrize("value", ["41", "-1", "", "3.0", "03", "nan", "²"])
+def test_a_class_is_a_whole_number_from_0_to_40(value):
+    is_class = functions("is_class").is_class
+    assert is_class("0") and is_class("40") and not is_class(value)
+
+
 def test_utterances_in_another_order_are_another_file(straight, tmp_path):
     """The judge notices when the order of the buckets is not undone."""
-    _, submission, folder = straight
-    data = folder / "data" / "HW02-sample" / "tiny"
+    submission = straight[1]
+    data = sample_of(straight)
     names = (data / "data/libriphone/test_split.txt").read_text().split()
     assert names != sorted(names), "the list is not sorted, as in the course's data"
     sizes = [len(torch.load(data / f"data/libriphone/feat/test/{name}.pt")) for name in names]
@@ -273,28 +342,6 @@ def test_utterances_in_another_order_are_another_file(straight, tmp_path):
         path.write_text("Id,Class\n" + "".join(f"{k},{c}\n" for k, c in enumerate(mixed)))
         scores.append(judge.score_submission(path, data / "answers"))
     assert scores[0] == straight[0]["score"] and scores[1] < 0.6 * scores[0]
-
-
-@pytest.mark.parametrize("fault", ["header", "missing", "nan", "order", "blank", "class 41", "end"])
-def test_validator_rejects(straight, fault, tmp_path):
-    lines = straight[1].decode().split("\n")
-    lines = {
-        "header": ["id,class", *lines[1:]],
-        "missing": [*lines[:5], *lines[6:]],
-        "nan": [*lines[:5], "4,nan", *lines[6:]],
-        "order": [lines[0], lines[2], lines[1], *lines[3:]],
-        "blank": [*lines[:5], "", *lines[5:]],
-        "class 41": [*lines[:5], "4,41", *lines[6:]],
-        "end": lines[:-1],
-    }[fault]
-    path, count = tmp_path / "prediction.csv", len(straight[1].split()) - 1
-    path.write_text("\n".join(lines))
-    given = dict(test=torch.tensor([0]), lengths=torch.tensor([count]), CLASSES=41, say=print)
-    check = pick(SCRIPT, "check_submission", "Stop", **given)
-    with pytest.raises(check.Stop, match="prediction.csv"):
-        check.check_submission(path)
-    path.write_bytes(straight[1])
-    check.check_submission(path)
 
 
 def classes_by_name(submission, root):
@@ -319,9 +366,9 @@ def test_nested_layouts_and_the_order_of_the_list(run, straight, tmp_path):
             shutil.make_archive(tmp_path / "packed" / "libriphone", "zip", tmp_path / "given1")
         folder = tmp_path / ("packed" if k else "given0")
         wanted = dict(HW_DATA="real", HW_DATA_DIR=folder, HW_OUT_DIR=f"out{k}")
-        done = run(SCRIPT, HW_REPORT="false", HW_EPOCHS=1, **wanted).wait()
+        done = run(SCRIPT, HW_LEVEL="simple", **wanted).wait()
         assert done.code == 0 and "data: real" in done.text, done.text
-        found.append(classes_by_name(tmp_path / f"out{k}" / "boss-real" / "prediction.csv", root))
+        found.append(classes_by_name(tmp_path / f"out{k}" / "simple-real" / "prediction.csv", root))
     assert list(found[0]) == list(found[1])[::-1] and found[0] == found[1]
     assert len({tuple(line) for line in found[0].values()}) > 10, "not all the same"
 
@@ -359,11 +406,11 @@ def test_damaged_files_are_named_dropped_or_clamped(run, straight, tmp_path):
     for path, note in notes.items():
         line = next(line for line in done.text.splitlines(True) if path.name in line)
         assert note in line, line
-    assert "train: 46 utterances" in done.text and f"test: {before} utterances" in done.text
+    assert re.search(r"size +\(30,\)", done.text) and re.search(rf"test_size +\({before},\)", done.text)
     found = classes_by_name(tmp_path / "out/HW02/medium-real/prediction.csv", root)
     assert len(found) == before
-    losses = [float(line.split()[4]) for line in done.text.splitlines() if line.startswith("1 MLP")]
-    assert losses and np.isfinite(losses).all()
+    losses = pd.read_csv(tmp_path / "out/HW02/medium-real/history.csv")["loss"]
+    assert len(losses) and np.isfinite(losses).all()
 
 
 def test_columns_that_carry_more_are_kept(run, straight, tmp_path):
@@ -372,13 +419,10 @@ def test_columns_that_carry_more_are_kept(run, straight, tmp_path):
         x = torch.load(path)
         x[:, 20] = torch.roll(x[:, 20], 1)
         torch.save(x, path)
-    done = run(SCRIPT, HW_DATA="real", HW_DATA_DIR=root, HW_LEVEL="medium").wait()
+    done = run(SCRIPT, HW_DATA="real", HW_DATA_DIR=root, HW_LEVEL="simple").wait()
     assert done.code == 0 and "39 are kept" in done.text, done.text
-    assert outcome_columns(tmp_path) == 39 * 5 * 64 + 64 + 2 * (64 * 64 + 64) + 41 * 65
-
-
-def outcome_columns(folder):
-    return json.loads((folder / "out/HW02/medium-real/result.json").read_text())["parameters"]
+    result = json.loads((tmp_path / "out/HW02/simple-real/result.json").read_text())
+    assert result["parameters"] == 39 * 256 + 256 + 256**2 + 256 + 41 * 257
 
 
 def relabel(root, change):
@@ -434,10 +478,9 @@ def test_files_that_do_not_fit_together(run, straight, tmp_path, fault):
     assert {path.suffix for path in (tmp_path / "out").rglob("*") if path.is_file()} <= {".lock"}
 
 
-def test_a_diverged_training_says_so(run, changed, tmp_path):
-    wild = changed(SCRIPT, "width=192, batch_size=512, lr=2e-3", "width=192, batch_size=512, lr=1e30")
-    ended = run(wild, HW_LEVEL="medium").wait()
-    assert ended.code == 1 and "diverged" in ended.text and "Traceback" not in ended.text
+def test_a_diverged_training_says_so(run, changed):
+    wild = changed(SCRIPT, "(1e-3, 2e-3, 2e-3, 5e-3)", "(1e-3, 1e35, 2e-3, 5e-3)")
+    one_sentence(run(wild, HW_LEVEL="medium").wait(), "diverged", "lower `rate` of medium in SIZES")
 
 
 def test_two_processes_gather_the_same_answers(straight, tmp_path):
@@ -447,16 +490,45 @@ def test_two_processes_gather_the_same_answers(straight, tmp_path):
     (tmp_path / "out/HW02/boss-sample/prediction.sample.csv").unlink()
     first, second = (one.wait() for one in ranks(SCRIPT, tmp_path))
     assert (first.code, second.code) == (0, 0), first.text + second.text
-    assert "\non 2 x cpu" in first.text and first.text.count("going on after") >= 2
-    assert not [line for line in first.text.splitlines() if "loss" in line], "nothing was to be trained"
+    assert "\non 2 x cpu" in first.text and first.text.count("going on after 3") >= 12
     assert outcome(tmp_path)[1] == straight[1]
 
 
-@pytest.mark.parametrize("what", ["loss", "report"])
+@pytest.mark.parametrize("what", ["loss", "report", "nets", "changed"])
 def test_what_makes_a_checkpoint_useless(run, straight, changed, tmp_path, what):
-    old, new = {
-        "loss": ('label_smoothing=plan["smoothing"]', "label_smoothing=0.3"),
-        "report": ("rates = (0.25, 0.5, 0.75)", "rates = (0.25, 0.5, 0.7)"),
+    """A third net leaves the two that are there as they are; the report concerns only itself."""
+    old, new, stages = {
+        "loss": ('label_smoothing=how["smooth"]', "label_smoothing=0.3", 12),
+        "report": ("rates = (0.25, 0.5, 0.75)", "rates = (0.25, 0.5, 0.7)", {"dropout 0.75"}),
+        "nets": ('"nets":    (1,      1,      1,      2),', '"nets":    (1,      1,      1,      3),', set()),
+        "changed": ("between(0.9, 1.1", "between(0.8, 1.1", {"net-0", "net-1"}),
     }[what]
     anew = trained_anew(run, straight, changed(SCRIPT, old, new), tmp_path)
-    assert len(anew) == 12 if what == "loss" else anew == {"dropout 0.75"}, anew
+    assert anew == stages or len(anew) == stages, anew
+
+
+MUTANTS = [
+    ("start=end - size, end=end, owner", "start=end - size + 1, end=end, owner"),
+    ("around.clamp(corpus.start[owner][:, None]", "around.clamp(0 * owner[:, None]"),
+    ("rest < 1e-3", "rest < 1e3"),
+    ("        parts.insert(1, nn.BatchNorm1d(width))", "        parts.insert(0, nn.BatchNorm1d(inputs))"),
+    ("torch.where(inside, last - t, t)[..., None]", "t.flip(0).expand(inside.shape)[..., None]"),
+    ("transpose(1, 2)) * inside[..., None]", "transpose(1, 2))"),
+    ("from_right.gather(1, turn.expand_as(from_right))", "from_right"),
+    ('changed(learn, how["blank"], dice) if how["augment"] else learn', "learn"),
+    ("x = x + 0.1 * torch.randn", "x = x + 0.3 * torch.randn"),
+    ("corpus.y[corpus.start[who] + old.round().long()]", "corpus.y[low]"),
+    ("old = (t * speed[who]).minimum", "old = (t / speed[who]).minimum"),
+    ("    for _ in range(2):\n", "    for _ in range(3):\n"),
+    ("pct_start=0.1", "pct_start=0.3"),
+    (".split(number.bincount(minlength=steps).tolist())", ".tensor_split(steps)"),
+    ("return [batches[k] for k in torch.randperm(steps, generator=dice)]", "return batches"),
+    ("return rows[accelerator.process_index :: world]", "return rows[::world]"),
+    ("for part in rows[accelerator.process_index :: accelerator.num_processes]:", "for part in rows:"),
+    ("found[frames] = logits", "found[: len(frames)] = logits"),
+    ("    model.eval()\n    rows = torch", "    rows = torch"),
+    ('how | {"nets": "any number"}', "how"),
+    ("np.mean(guess == np.load", "np.mean(guess != np.load"),
+    ('drop = part == "train" and share >= 0.01', 'drop = part == "train" and share >= 1'),
+    ("return place.minimum(size[segment] - 1 - place)", "return place"),
+]
