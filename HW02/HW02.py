@@ -1144,7 +1144,7 @@ def make_batch(corpus, rows, how):
 @torch.no_grad()
 def ask(model, corpus, how):
     """Log-probabilities (frames, 41), in the order of the corpus."""
-    model.eval()
+    model = bare(model).eval()  # processes have different numbers of parts to ask about
     rows = torch.arange(len(corpus.x), device=device).split(8192)
     if how["context"] == "all":
         rows = corpus.size.argsort().split(32)

@@ -487,7 +487,16 @@ def test_full_builds_learns_a_step_and_fits_a_gpu_of_15_gb():
         assert all(torch.isfinite(weight.grad).all() for weight in net.parameters())
 
 
+def test_translations_of_the_levels_that_ran_stand_side_by_side(straight):
+    printed = (straight[2] / "run.log").read_text(encoding="utf-8")
+    columns = re.search(r"<th>English</th>\s*<th>given</th>(.*?)</tr>(.*?)</table>", printed, re.DOTALL)
+    assert re.findall(r"<th>(\w+)</th>", columns[1]) == ["boss"], "no other level ran in this folder"
+    written = re.findall(r"<td>([^<]*)</td>\s*</tr>", columns[2])
+    assert written == straight[1].decode().split("\n")[:10]
+
+
 MUTANTS = [
+    ('OUT_DIR.glob(f"{level}-', 'OUT_DIR.glob(f"{LEVEL}-'),
     ("tidy(text).lower()", "tidy(text)"),
     ('re.sub(r"[-–—]", " ", text)', 're.sub(r"[-–—]", "", text)'),
     (r"(?<![!-~])\s+|\s+(?![!-~])", r"\s+"),

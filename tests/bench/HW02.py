@@ -32,7 +32,7 @@ OURS = [
     "make_batches",
     "my_share",
 ]
-OURS += ["make_batch", "ask", "accuracy", "train"]
+OURS += ["make_batch", "bare", "ask", "accuracy", "train"]
 
 
 @functools.cache
