@@ -250,6 +250,20 @@ def test_the_recurrent_net_hears_the_whole_utterance():
         assert torch.allclose(after[30:], before[30:], atol=1e-6)
 
 
+def test_each_half_of_the_state_has_heard_one_side():
+    """A frame that changes is heard by the forward net after it, by the backward net before it."""
+    torch.manual_seed(0)
+    net, x = functions("Recurrent").Recurrent(3, 4), torch.randn(2, 6, 3)
+    inside = torch.arange(6) < torch.tensor([[6], [5]])
+    other = x.clone()
+    other[:, 2] += 3
+    with torch.no_grad():
+        moved = (net(other, inside) - net(x, inside)).abs() > 1e-6
+    left, right = (half.any(2).tolist() for half in moved.split(4, dim=2))
+    assert left == [[False] * 2 + [True] * 4] * 2
+    assert [row[:5] for row in right] == [[True] * 3 + [False] * 2] * 2
+
+
 @pytest.mark.parametrize("context", [3, "all"])
 def test_processes_share_the_frames_without_gap_or_overlap(context):
     corpus, how = speech([60, 300, 80, 20] * 40), PLAIN | dict(context=context)
@@ -516,7 +530,7 @@ MUTANTS = [
     ("rest < 1e-3", "rest < 1e3"),
     ("        parts.insert(1, nn.BatchNorm1d(width))", "        parts.insert(0, nn.BatchNorm1d(inputs))"),
     ("torch.where(inside, last - t, t)[..., None]", "t.flip(0).expand(inside.shape)[..., None]"),
-    ("transpose(1, 2)) * inside[..., None]", "transpose(1, 2))"),
+    ("transpose(1, 2))) * inside[..., None]", "transpose(1, 2)))"),
     ("from_right.gather(1, turn.expand_as(from_right))", "from_right"),
     ('changed(learn, how["blank"], dice) if how["augment"] else learn', "learn"),
     ("x = x + 0.1 * torch.randn", "x = x + 0.3 * torch.randn"),
