@@ -32,7 +32,7 @@
 # | simple | one frame, two small layers | 0.319 ± 0.002 | 0.45797 | 33 |
 # | medium | eleven frames side by side | 0.611 ± 0.001 | 0.69747 | 34 |
 # | strong | 21 frames, dropout | 0.688 ± 0.002 | 0.75028 | 71 |
-# | boss | the whole utterance at once, changed anew in every epoch | 0.781 ± 0.004 | 0.82324 | 136 |
+# | boss | the whole utterance at once, two nets | 0.781 ± 0.004 | 0.82324 | 136 |
 # <!-- /ladder -->
 
 # %% tags=["parameters"]
