@@ -11,9 +11,9 @@
 # There are only normal faces to learn from, and each test image needs a number: how strange is it? The
 # lecture's answer is the **autoencoder**. It squeezes an image into a short code and rebuilds it; what it has
 # never seen, it rebuilds badly, so the error is the score. The trap: an autoencoder that is too good rebuilds
-# everything, strange things too. The bottleneck, the way errors are counted and an extra classifier decide.
+# everything, strange things too. How narrow the code is, what the encoders see and an extra classifier decide.
 #
-# 訓練資料只有正常的人臉，每張測試影像都要給一個分數：它有多異常？課程的答案是**自編碼器**：把影像壓成很短的編碼再還原，沒看過的東西還原得差，誤差就是異常分數。陷阱在於太強的自編碼器什麼都還原得了，連異常也不例外。關鍵在於瓶頸有多窄、誤差怎麼計算，以及額外的分類器。
+# 訓練資料只有正常的人臉，每張測試影像都要給一個分數：它有多異常？課程的答案是**自編碼器**：把影像壓成很短的編碼再還原，沒看過的東西還原得差，誤差就是異常分數。陷阱在於太強的自編碼器什麼都還原得了，連異常也不例外。關鍵在於瓶頸有多窄、編碼器看到什麼，以及額外的分類器。
 #
 # <!-- box -->
 # > **Press *Run all*.** This run is *boss*: expect AUC 0.882 on the sample in about 2 minutes on two CPU cores. GPU: not measured.
@@ -29,8 +29,8 @@
 # |---|---|---|---|---|
 # | simple | a convolutional autoencoder, as in the official sample | 0.5260 ± 0.0004 | 0.5315 | 61 |
 # | medium | a narrow bottleneck | 0.6063 ± 0.0005 | 0.73171 | 38 |
-# | strong | two encoders, errors counted pixel by pixel | 0.831 ± 0.002 | 0.77196 | 37 |
-# | boss | mirrored images, noise, and a critic that is shown the error | 0.882 ± 0.005 | 0.79506 | 114 |
+# | strong | two encoders | 0.831 ± 0.002 | 0.77196 | 37 |
+# | boss | mirrored images, and a critic that is shown the error | 0.882 ± 0.005 | 0.79506 | 114 |
 # <!-- /ladder -->
 
 # %% tags=["parameters"]
@@ -863,7 +863,7 @@ class DenseAutoencoder(nn.Module):
 
 
 # %% [markdown]
-# ## Strong: two encoders, and errors weighed pixel by pixel (+0.22)
+# ## Strong: two encoders (+0.22)
 #
 # **Multi-encoder.** The first encoder stays: 256 components now, which see the whole image at once. A second,
 # convolutional one sees what is near each other. A convolutional decoder draws from *both* codes what the
@@ -907,8 +907,8 @@ def usual_error(model, images, rows):
 # **Mirrored.** A face in the mirror is a face. So each image counts twice, and what the autoencoder learned fits
 # images better that it has not seen.
 #
-# **Noise.** What is looked at gets noise of a random strength; the clean image is asked for. To copy no longer
-# works, and nobody can lean on the finest differences.
+# **Noise** is what the course recommends: what is looked at gets noise of a random strength, and the clean image is
+# asked for, so that to copy no longer works. On the sample it shows nothing (report, 1).
 #
 # **An extra classifier**, the *critic*, learns to tell normal images from spoilt ones. We spoil them ourselves:
 # in a soft ellipse or all over, the image shows another place (of itself or of another image, turned, zoomed),
