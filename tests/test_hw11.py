@@ -537,6 +537,7 @@ def test_few_damaged_images_are_named_many_end_the_run(run, real, tmp_path):
     done = run(SCRIPT, **wanted).wait()
     assert done.code == 0, done.text
     assert "0/3.bmp" in done.text and "left out (1 of 300" in done.text
+    assert "(299, 32, 32, 3)" in done.text, "what is damaged is not learned from as if it were black"
     assert "0/00007.bmp" in done.text and "answered" in done.text
     for path in (real / "train_data" / "1").glob("*.bmp"):
         path.write_bytes(b"<html>")
